@@ -1,0 +1,157 @@
+"""The base model's own answers to reference prompts, produced once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# At the top, because importing rich draws from Python's random numbers, which a run must not do.
+from rich.progress import track
+from torch import Tensor
+
+from lora_ogpsa.capture import quiet
+from lora_ogpsa.fingerprints import fingerprint
+
+
+@contextmanager
+def base_mode(model: Any) -> Iterator[None]:
+    """Within the context `model` is its base model: adapters are off.
+
+    PEFT switches ``requires_grad`` when it switches adapters; the flags are restored exactly, so
+    that what was frozen by hand stays frozen.
+    """
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            _restore(flags)  # FSDP2 would gather parameters that need no gradient from then on
+            yield
+    finally:
+        _restore(flags)
+
+
+def _restore(flags: list[tuple[Any, bool]]) -> None:
+    for parameter, flag in flags:
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
+
+
+def own_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    cache: Path | None = None,
+    title: str = "base model's own answers",
+) -> list[list[int]]:
+    """Greedy answers of the base model to tokenised `prompts`, as token ids.
+
+    Prompts are answered in batches of similar length; every finished batch is kept on disk, so
+    that an interrupted run goes on where it stopped.
+
+    Args:
+        model: the PEFT model, whose adapters are switched off meanwhile.
+        tokenizer: its tokenizer, for the padding and end-of-turn tokens.
+        prompts: token ids.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: prompts per batch.
+        cache: folder of the cache; ``None`` keeps nothing.
+        title: what the progress bar says.
+
+    Returns:
+        One list of token ids per prompt, ending with the end-of-turn token where it was reached.
+    """
+    identity = fingerprint(model, base=True)[:32] if cache is not None else ""
+    keys = [_key(identity, prompt, max_new_tokens) for prompt in prompts]
+    store = _AnswerFile(cache / "answers" / f"{identity}.jsonl") if cache is not None else None
+    known: dict[str, list[int]] = {} if store is None else store.read()
+    todo = sorted(
+        (i for i, key in enumerate(keys) if key not in known), key=lambda i: len(prompts[i])
+    )
+    batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
+    for batch in track(batches, description=title, disable=not batches):
+        replies = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+        fresh = {keys[i]: reply for i, reply in zip(batch, replies, strict=True)}
+        known.update(fresh)
+        if store is not None:
+            store.append(fresh)
+    return [known[key] for key in keys]
+
+
+def _key(identity: str, prompt: list[int], max_new_tokens: int) -> str:
+    text = f"{identity}|{max_new_tokens}|{prompt}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class _AnswerFile:
+    """A JSON Lines file of answers; a line torn by an interruption is ignored when read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, list[int]]:
+        known: dict[str, list[int]] = {}
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                    known[row["key"]] = row["answer"]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue
+        return known
+
+    def append(self, answers: dict[str, list[int]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            for key, answer in answers.items():
+                file.write("\n" if file.tell() and not self._ends_in_newline() else "")
+                file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _ends_in_newline(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    width = max(len(p) for p in prompts)
+    pad = tokenizer.pad_token_id
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    with quiet(model, checkpointing=False), base_mode(model):
+        out: Tensor = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+    stops = {tokenizer.eos_token_id}
+    declared = model.generation_config.eos_token_id
+    stops.update(declared if isinstance(declared, list) else [declared])
+    replies = []
+    for row in out[:, width:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        replies.append(row[:end])
+    return replies

@@ -1,0 +1,163 @@
+"""`OGPSACallback`: OGPSA for `transformers.Trainer` and TRL's trainers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.errors import ProjectionError
+from lora_ogpsa.models import cache_dir
+from lora_ogpsa.projector import OGPSA
+from lora_ogpsa.reference import Reference
+from lora_ogpsa.state import has_state
+
+logger = logging.getLogger(__name__)
+
+
+class OGPSACallback(TrainerCallback):
+    """Keeps every step of a Trainer within what the reference objectives allow.
+
+    ::
+
+        trainer = SFTTrainer(model, args, train_dataset=..., peft_config=LoraConfig(...))
+        OGPSACallback().attach(trainer)
+        trainer.train()
+
+    Passing it as ``callbacks=[OGPSACallback()]`` trains the same; but the Trainer's reporting
+    callbacks then run before it and do not see its numbers (``log_history`` and the progress
+    display do). :meth:`attach` puts it first.
+
+    The hooks are registered when training begins and removed when it ends, so the callback may
+    be constructed at any time, and used for several runs in a row.
+
+    Args:
+        config: the settings; ``None`` takes the defaults.
+        references: what must not get worse; ``None`` takes the embedded harmless prompts.
+        cache: folder for the base model's answers; ``None`` takes the user's cache.
+        resume_from_checkpoint: the checkpoint to go on from, if it is not
+            ``output_dir/checkpoint-<step>``.
+    """
+
+    def __init__(
+        self,
+        config: OGPSAConfig | None = None,
+        references: Sequence[Reference] | None = None,
+        *,
+        cache: Path | None = None,
+        resume_from_checkpoint: str | Path | None = None,
+    ) -> None:
+        self.config = config or OGPSAConfig()
+        self.references = None if references is None else list(references)
+        self.cache = cache
+        self.resume_from_checkpoint = resume_from_checkpoint and Path(resume_from_checkpoint)
+        #: The running projector, from the beginning of training on.
+        self.ogpsa: OGPSA | None = None
+
+    def attach(self, trainer: Any) -> OGPSACallback:
+        """Put the callback in front of `trainer`'s own, so that `report_to` sees its numbers.
+
+        Returns:
+            The callback.
+
+        Raises:
+            ProjectionError: the trainer runs in a way in which steps cannot be constrained.
+        """
+        _check_arguments(trainer.args)
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prepare the references and register the hooks."""
+        _check_arguments(args)
+        if self.ogpsa is not None:
+            self.ogpsa.detach()
+        self.ogpsa = OGPSA(
+            kwargs["model"],
+            kwargs["optimizer"],
+            self.references,
+            self.config,
+            processing_class=kwargs.get("processing_class"),
+            cache=self.cache or cache_dir(),
+        )
+        if state.global_step > 0:
+            self._resume(args, state.global_step)
+
+    def _resume(self, args: TrainingArguments, step: int) -> None:
+        """Go on from the state beside the checkpoint that the Trainer has just loaded."""
+        assert self.ogpsa is not None
+        folder = self.resume_from_checkpoint or Path(args.output_dir) / f"checkpoint-{step}"
+        if not has_state(folder):
+            logger.warning(
+                "The Trainer resumes at step %d, but there is no OGPSA state in %s: the reference "
+                "gradients are estimated anew, so the run is protected but not bit for bit the "
+                "one that was interrupted. If the checkpoint lies elsewhere, pass "
+                "OGPSACallback(resume_from_checkpoint=...).",
+                step,
+                folder,
+            )
+            self.ogpsa.steps = step
+            return
+        self.ogpsa.load(folder)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the state beside the Trainer's own checkpoint."""
+        if self.ogpsa is not None and state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                self.ogpsa.save(folder)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add OGPSA's numbers to a training log, for every reporter that follows."""
+        if self.ogpsa is None or logs is None or "loss" not in logs:
+            return
+        own = {f"ogpsa/{name}": value for name, value in self.ogpsa.pop_logs().items()}
+        logs.update(own)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(own)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the hooks; the optimizer is the user's again."""
+        if self.ogpsa is not None:
+            self.ogpsa.detach()
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    """Refuse what would run unprotected."""
+    problems = []
+    if getattr(args, "deepspeed", None):
+        problems.append("DeepSpeed steps its own flat partitions, outside `optimizer.step`")
+    if getattr(args, "fsdp", None):
+        problems.append(
+            "FSDP through the Trainer has not been tested (FSDP2 in your own loop is supported)"
+        )
+    if args.n_gpu > 1:
+        problems.append(
+            "`nn.DataParallel` replicates the model at every step; start one process per GPU with "
+            "`accelerate launch`"
+        )
+    if problems:
+        raise ProjectionError(
+            f"OGPSA cannot protect this run: {'; '.join(problems)}. Train in one process, or in "
+            "several with plain data parallelism (DDP)."
+        )

@@ -1,0 +1,311 @@
+"""`OGPSAConfig`: every choice of the method, validated in one place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from lora_ogpsa.errors import ConfigError
+
+Space = Literal["update", "gradient"]
+Granularity = Literal["adapter", "tensor", "global"]
+Constraint = Literal["budget", "halfspace", "orthogonal"]
+Metric = Literal["optimizer", "euclidean"]
+Refresh = Literal["stream", "interval"]
+Rows = Literal["examples", "means"]
+BasisDtype = Literal["float32", "bfloat16", "float16"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "space": ("update", "gradient"),
+    "granularity": ("adapter", "tensor", "global"),
+    "constraint": ("budget", "halfspace", "orthogonal"),
+    "metric": ("optimizer", "euclidean"),
+    "refresh": ("stream", "interval"),
+    "rows": ("examples", "means"),
+    "basis_dtype": ("float32", "bfloat16", "float16"),
+}
+
+# What a preset fixes is its rule: a different value asked for beside it is a contradiction.
+# What it only suggests is its cost, which a user may change without leaving the method.
+_PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "paper": (
+        {
+            "space": "gradient",
+            "granularity": "tensor",
+            "constraint": "orthogonal",
+            "metric": "euclidean",
+            "refresh": "interval",
+            "rows": "means",
+            "decay": 0.0,
+            "early_refreshes": (),
+            "restoration": 0.0,
+        },
+        {"rank": 2, "refresh_every": 30, "references_per_refresh": 400},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class OGPSAConfig:
+    r"""How the reference subspace is estimated and what is removed from each safety update.
+
+    Fields that default to ``None`` take a value that depends on the others; the resolved value
+    stands in the attribute after construction.
+
+    Args:
+        preset: ``"paper"`` is the published algorithm (arXiv 2602.07892): gradient space, one
+            basis per weight tensor, at most two normalised data-set means, a fixed interval.
+            Its rule cannot be changed field by field; its cost (``rank``, ``refresh_every``,
+            ``references_per_refresh``) can.
+        space: ``"update"`` constrains what the optimizer really did to the parameters, whatever
+            its preconditioning, momentum, clipping or weight decay; ``"gradient"`` constrains
+            the gradient before the optimizer sees it, which adaptive optimizers undo.
+        constraint: ``"budget"`` lets each reference loss rise by at most ``budget`` nats per
+            token over the base model and steers back what is above; ``"halfspace"`` removes
+            only what would raise a reference loss; ``"orthogonal"`` removes every component in
+            the basis, of either sign.
+        granularity: one constraint per adapted module (``"adapter"``), per tensor
+            (``"tensor"``), or over all parameters at once (``"global"``). Default: global for
+            ``budget`` (a loss is one number for the whole model), else adapter.
+        metric: the inner product in which the correction is smallest: ``"optimizer"`` weighs
+            each coordinate with :math:`\sqrt{\hat v} + \delta`, Adam's own; ``"euclidean"``
+            weighs all alike. Default: optimizer in update space, euclidean in gradient space.
+        metric_damping: :math:`\delta` as a share of the root mean square of
+            :math:`\sqrt{\hat v}`.
+        refresh: ``"stream"`` takes one small reference micro-batch at every refresh, references
+            in turn, and folds it into decayed rows; ``"interval"`` gathers fresh rows of all
+            references at every refresh. Default: interval for ``orthogonal``, else stream.
+        refresh_every: optimizer steps between refreshes. Default: 1 streaming, 20 at intervals.
+        references_per_refresh: reference examples per refresh: of the one reference whose turn
+            it is when streaming, over all references at intervals. Default: 1 and 16.
+        reference_batch_size: examples per backward pass of a refresh.
+        early_refreshes: steps at which an interval schedule refreshes besides its own. LoRA's
+            B is zero at first, so A's gradients appear only after the first step.
+        decay: what is left of the old rows when new ones are folded in. Default: 0.9
+            streaming, 0 (start over) at intervals.
+        adaptive_threshold: at an interval refresh, first probe with one reference micro-batch;
+            keep the basis if it captures at least this share of the probe's energy.
+        rank: most basis rows per block, :math:`k`.
+        energy: take the fewest rows, up to ``rank``, that capture this share of the reference
+            energy. ``None`` takes ``rank`` rows wherever the references span them.
+        sketch_size: rows :math:`\ell` of each Frequent Directions sketch. Default: twice
+            ``rank``.
+        rows: what the basis is made of: ``"examples"`` (per-example gradients, and the data-set
+            means) or ``"means"`` (the means alone).
+        basis_dtype: dtype the basis is stored in. Lower precision costs no exactness: the
+            projection is orthogonal to the rows as stored.
+        budget: :math:`\tau`, nats per token by which a reference loss may exceed the base
+            model's. A reference may set its own.
+        recovery: :math:`\rho`, the share of an overdrawn budget recovered per step.
+        max_correction: :math:`c`; a correction that steers back an overdrawn budget is at most
+            this many times as long as the step.
+        restoration: strength in [0, 1] of a step back to the base model's reference losses at
+            each refresh (0 is off). The budget constraint has its own (``recovery``).
+        restoration_cap: the restoration step is at most this many typical optimizer steps long.
+        seed: of the order in which reference examples are drawn.
+
+    Raises:
+        ConfigError: a value is out of range or contradicts another.
+    """
+
+    preset: str | None = None
+    space: Space = "update"
+    constraint: Constraint = "budget"
+    granularity: Granularity | None = None
+    metric: Metric | None = None
+    metric_damping: float = 0.1
+    refresh: Refresh | None = None
+    refresh_every: int | None = None
+    references_per_refresh: int | None = None
+    reference_batch_size: int = 8
+    early_refreshes: tuple[int, ...] = (1, 2, 4, 8)
+    decay: float | None = None
+    adaptive_threshold: float | None = None
+    rank: int = 8
+    energy: float | None = None
+    sketch_size: int | None = None
+    rows: Rows = "examples"
+    basis_dtype: BasisDtype = "float32"
+    budget: float = 0.1
+    recovery: float = 0.3
+    max_correction: float = 3.0
+    restoration: float = 0.0
+    restoration_cap: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Apply the preset, fill in what depends on other fields, and check everything."""
+        if self.preset is not None:
+            self._apply_preset()
+        self._resolve()
+        self._check_ranges()
+        self._check_contradictions()
+
+    # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OGPSAConfig:
+        """Build from a mapping (the ``ogpsa:`` section of a recipe, or :meth:`to_dict`).
+
+        Raises:
+            ConfigError: an unknown key (the nearest known one is suggested) or a bad value.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f" Did you mean `{close[0]}`?" if close else f" Known: {', '.join(known)}."
+                raise ConfigError(f"Unknown OGPSA setting `{key}`.{hint}")
+        given = dict(values)
+        if isinstance(given.get("early_refreshes"), list):
+            given["early_refreshes"] = tuple(given["early_refreshes"])
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved settings as JSON values; :meth:`from_dict` restores an equal config."""
+        values = asdict(self)
+        values["early_refreshes"] = list(self.early_refreshes)
+        return values
+
+    # ------------------------------------------------------------------ resolution
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _apply_preset(self) -> None:
+        if self.preset not in _PRESETS:
+            raise ConfigError(
+                f"`preset` should be one of {sorted(_PRESETS)} or None. Found {self.preset!r}."
+            )
+        defaults = {f.name: f.default for f in fields(self)}
+        fixed, suggested = _PRESETS[self.preset]
+        for name, value in fixed.items():
+            if getattr(self, name) not in (defaults[name], value):
+                raise ConfigError(
+                    f"`preset={self.preset!r}` fixes `{name}={value!r}`. Found "
+                    f"{getattr(self, name)!r}: leave `{name}` out, or leave the preset out and "
+                    "set the fields one by one."
+                )
+            self._set(name, value)
+        for name, value in suggested.items():
+            if getattr(self, name) == defaults[name]:
+                self._set(name, value)
+
+    def _resolve(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ConfigError(f"`{name}` should be one of {list(allowed)}. Found {value!r}.")
+        if self.granularity is None:
+            self._set("granularity", "global" if self.constraint == "budget" else "adapter")
+        if self.metric is None:
+            self._set("metric", "optimizer" if self.space == "update" else "euclidean")
+        if self.refresh is None:
+            self._set("refresh", "interval" if self.constraint == "orthogonal" else "stream")
+        streaming = self.refresh == "stream"
+        if self.refresh_every is None:
+            self._set("refresh_every", 1 if streaming else 20)
+        if self.references_per_refresh is None:
+            self._set("references_per_refresh", 1 if streaming else 16)
+        if self.decay is None:
+            self._set("decay", 0.9 if streaming else 0.0)
+        if self.sketch_size is None:
+            self._set("sketch_size", 2 * self.rank if isinstance(self.rank, int) else None)
+
+    # ------------------------------------------------------------------ validation
+
+    def _check_ranges(self) -> None:
+        whole = {
+            "refresh_every": 1,
+            "references_per_refresh": 1,
+            "reference_batch_size": 1,
+            "rank": 1,
+            "sketch_size": 1,
+            "seed": 0,
+        }
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(
+                    f"`{name}` should be a whole number of at least {least}. Found {value!r}."
+                )
+        real = {
+            "metric_damping": (0.0, float("inf"), "(]"),
+            "decay": (0.0, 1.0, "[)"),
+            "adaptive_threshold": (0.0, 1.0, "(]"),
+            "energy": (0.0, 1.0, "(]"),
+            "budget": (0.0, float("inf"), "[)"),
+            "recovery": (0.0, 1.0, "(]"),
+            "max_correction": (0.0, float("inf"), "(]"),
+            "restoration": (0.0, 1.0, "[]"),
+            "restoration_cap": (0.0, float("inf"), "(]"),
+        }
+        optional = {"adaptive_threshold", "energy"}
+        for name, (low, high, ends) in real.items():
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not (low < value or (ends[0] == "[" and value == low))
+                or not (value < high or (ends[1] == "]" and value == high))
+            ):
+                raise ConfigError(
+                    f"`{name}` should be a number in {ends[0]}{low:g}, {high:g}{ends[1]}. "
+                    f"Found {value!r}."
+                )
+        if not all(
+            isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in self.early_refreshes
+        ):
+            raise ConfigError(
+                "`early_refreshes` should be whole step numbers of at least 0. Found "
+                f"{self.early_refreshes!r}."
+            )
+
+    def _check_contradictions(self) -> None:
+        problems = []
+        if self.sketch_size is not None and self.sketch_size < self.rank:
+            problems.append(
+                f"`sketch_size={self.sketch_size}` cannot hold `rank={self.rank}` directions; "
+                "it should be at least `rank`, better twice it."
+            )
+        if self.constraint == "budget" and self.space == "gradient":
+            problems.append(
+                "`constraint='budget'` bounds what a step does to a loss, and a gradient is not "
+                "a step; use `space='update'`, or `constraint='halfspace'`."
+            )
+        if self.constraint == "budget" and self.granularity != "global":
+            problems.append(
+                "`constraint='budget'` needs `granularity='global'`: a reference loss is one "
+                f"number for the whole model. Found {self.granularity!r}."
+            )
+        if self.constraint == "budget" and self.restoration > 0:
+            problems.append(
+                "`constraint='budget'` steers back by itself (`recovery`); `restoration` is for "
+                "the other constraints and should be 0."
+            )
+        if self.space == "gradient" and self.metric == "optimizer":
+            problems.append(
+                "`metric='optimizer'` measures optimizer steps; in `space='gradient'` use "
+                "`metric='euclidean'`."
+            )
+        if self.refresh == "stream" and self.adaptive_threshold is not None:
+            problems.append(
+                "`adaptive_threshold` decides whether an interval refresh is due; "
+                "`refresh='stream'` has none."
+            )
+        if self.refresh == "stream" and self.restoration > 0:
+            problems.append(
+                "`restoration` acts at an interval refresh, on freshly measured losses; use "
+                "`refresh='interval'`, or `constraint='budget'` when streaming."
+            )
+        if self.space == "gradient" and self.restoration > 0:
+            problems.append(
+                "`restoration` is measured in optimizer steps, which `space='gradient'` does not "
+                "see; use `space='update'`."
+            )
+        if problems:
+            raise ConfigError(" ".join(problems))

@@ -1,0 +1,118 @@
+"""The optimizer's own metric: what one unit of each coordinate costs in the optimizer's eyes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ogpsa.adapters import AdapterSpace
+from lora_ogpsa.sharding import whole
+
+# Where optimizers keep a float second moment of the gradient's shape: torch's and schedule-free
+# Adam and non-factored Adafactor; RMSprop; bitsandbytes' 32-bit Adam.
+_SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "state2")
+_OWN_DECAY = 0.999
+
+
+class InverseMetric:
+    r"""The diagonal of M⁻¹ for :math:`M = \mathrm{diag}((\sqrt{\hat v} + \delta) / \eta)`.
+
+    Only ratios matter to a constrained step, so it is given in units in which the root mean
+    square of :math:`\sqrt{\hat v}` is one. η is the learning rate of each parameter's group
+    relative to the largest: under LoRA+ the rates of A and B differ, and so do the steps.
+
+    :math:`\hat v` is the optimizer's second moment where it keeps one in floating point, else a
+    running average of squared gradients of our own (8-bit states, SGD, Lion, factored Adafactor).
+
+    Args:
+        space: the adapter space.
+        optimizer: the innermost optimizer.
+        damping: δ, in the units above.
+    """
+
+    def __init__(self, space: AdapterSpace, optimizer: Any, damping: float) -> None:
+        self.space = space
+        self.optimizer = optimizer
+        self.damping = damping
+        self.own: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def latest(self) -> Tensor | None:
+        """The last result of :meth:`update`, ``None`` before the first."""
+        return self._values
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average of our own, if there is one, and the latest values."""
+        held = {"metric.own": self.own, "metric.latest": self._values}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` gave, from among other tensors."""
+        if "metric.own" in tensors:
+            self.own = self.space.zeros().copy_(tensors["metric.own"])
+        if "metric.latest" in tensors:
+            self._values = self.space.zeros().copy_(tensors["metric.latest"])
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """After a step, while its gradients are still there: the diagonal of M⁻¹ [d], float32."""
+        if self._values is None:
+            self._values = self.space.zeros()
+        values = self._values
+        moments = self._optimizer_moments()
+        if moments is None:
+            values.copy_(self._own_moments())
+        else:
+            views = self.space.views(values)
+            pairs = [(v, m) for v, m in zip(views, moments, strict=True) if m is not None]
+            if len(pairs) < len(views):
+                values.zero_()
+            torch._foreach_copy_([v for v, _ in pairs], [m for _, m in pairs])
+        scale = values.mean().sqrt()
+        values.sqrt_().div_(scale.clamp_min(torch.finfo(values.dtype).tiny))
+        values.add_(self.damping).reciprocal_()
+        self._apply_learning_rates(values)
+        return values
+
+    def _optimizer_moments(self) -> list[Tensor | None] | None:
+        """The optimizer's second moments, one per parameter, or None if it keeps none."""
+        found: list[Tensor | None] = []
+        for parameter in self.space.parameters:
+            state = self.optimizer.state.get(parameter)
+            if not state:
+                found.append(None)
+                continue
+            moment = next((state[key] for key in _SECOND_MOMENTS if key in state), None)
+            if (
+                not isinstance(moment, Tensor)
+                or moment.shape != parameter.shape
+                or not moment.is_floating_point()
+            ):
+                return None
+            found.append(whole(moment))
+        return found if any(m is not None for m in found) else None
+
+    def _own_moments(self) -> Tensor:
+        if self.own is None:
+            self.own = self.space.zeros()
+        for view, parameter in zip(self.space.views(self.own), self.space.parameters, strict=True):
+            view.mul_(_OWN_DECAY)
+            if parameter.grad is not None:
+                # A fused step under a GradScaler has unscaled them in place by now.
+                view.add_(whole(parameter.grad).float().square(), alpha=1 - _OWN_DECAY)
+        return self.own
+
+    def _apply_learning_rates(self, values: Tensor) -> None:
+        rates = {
+            id(p): float(group["lr"])
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        own = [rates[id(p)] for p in self.space.parameters]
+        highest = max(own)
+        if highest > 0 and min(own) != highest:
+            for view, rate in zip(self.space.views(values), own, strict=True):
+                view.mul_(rate / highest)

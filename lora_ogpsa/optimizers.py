@@ -1,0 +1,59 @@
+"""Which optimizers can be constrained, and where their step hooks are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_ogpsa.errors import ProjectionError
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The innermost optimizer: accelerate's wrapper has no step hooks of its own."""
+    seen = set()
+    while (
+        hasattr(optimizer, "optimizer")
+        and id(optimizer) not in seen
+        and not is_deepspeed(optimizer)
+    ):
+        seen.add(id(optimizer))
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def is_deepspeed(optimizer: Any) -> bool:
+    """Whether it is DeepSpeed's, or accelerate's stand-in for one, whose `step` does nothing."""
+    kind = type(optimizer)
+    return "DeepSpeed" in kind.__name__ or kind.__module__.partition(".")[0] == "deepspeed"
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse optimizers whose steps cannot be constrained.
+
+    Raises:
+        ProjectionError: `optimizer` has no step hooks, or does not step in ``step()``.
+    """
+    name = type(optimizer).__name__
+    if is_deepspeed(optimizer):
+        raise ProjectionError(
+            f"{name} belongs to DeepSpeed, which steps its own flat partitions inside its engine: "
+            "what `step()` does to the adapter cannot be constrained. Train in one process, or in "
+            "several with DDP or FSDP2."
+        )
+    if not hasattr(optimizer, "register_step_post_hook") or not hasattr(
+        optimizer, "_optimizer_step_post_hooks"
+    ):
+        raise ProjectionError(
+            f"{name} has no step hooks (it is not a proper `torch.optim.Optimizer`), so its steps "
+            "cannot be constrained. Use a torch, transformers or bitsandbytes optimizer."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS) or name in (
+        "LayerWiseDummyOptimizer",
+        "LOMO",
+        "AdaLomo",
+    ):
+        raise ProjectionError(
+            f"{name} does not make its steps in `step()` after `backward()`, so they cannot be "
+            "constrained. Use AdamW or another first-order optimizer."
+        )

@@ -1,0 +1,359 @@
+"""`OGPSA`: the refresh schedule and the optimizer hooks; the entry for plain PyTorch loops."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ogpsa import safeguards
+from lora_ogpsa.adapters import AdapterSpace
+from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.estimator import Estimator, Refreshed
+from lora_ogpsa.metric import InverseMetric
+from lora_ogpsa.optimizers import check_optimizer, unwrap_optimizer
+from lora_ogpsa.processes import first_process_first
+from lora_ogpsa.quantised import keep_differentiable
+from lora_ogpsa.reference import Objective, Reference, default_references
+from lora_ogpsa.rules import budget_correction, correction, restoration_step
+from lora_ogpsa.sharding import check_sharding, local_pair, whole
+from lora_ogpsa.state import load_state, require_equal, save_state
+from lora_ogpsa.steplogs import StepLogs
+
+logger = logging.getLogger(__name__)
+
+# How much a new step counts in the running length of a typical step.
+_TYPICAL_SHARE = 0.1
+
+
+class OGPSA:
+    r"""Keeps every optimizer step within what the reference objectives allow.
+
+    The optimizer stays the user's own. Its step hooks record the parameters before a step, take
+    what it really did to them, :math:`\Delta = \theta_{t+1} - \theta_t`, and replace it by the
+    nearest step that meets the constraint (DESIGN §2; arXiv 2602.07892 for the idea). Reference
+    gradients are refreshed in the same hook, on schedule.
+
+    ::
+
+        with OGPSA(model, optimizer, references, config, processing_class=tokenizer):
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    .. warning::
+        Create it after the model is on its device and in its final form, and after the optimizer
+        holds the adapter's parameters. Closures (LBFGS, SAM) are refused.
+
+    Args:
+        model: the PEFT model; unwrapped, if it has been wrapped for several processes.
+        optimizer: any ``torch.optim.Optimizer``, or an accelerate wrapper around one.
+        references: :class:`Reference` or prepared :class:`Objective`; ``None`` takes the
+            embedded harmless prompts.
+        config: the settings; ``None`` takes the defaults.
+        processing_class: the tokenizer, needed for references that hold text.
+        cache: folder in which the base model's answers are kept; ``None`` keeps none.
+
+    Raises:
+        AdapterError: the model has no trainable LoRA parameter.
+        ProjectionError: the optimizer does not hold the adapter's parameters, or is of a kind
+            whose steps cannot be constrained.
+        ConfigError: the references and the settings do not go together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        references: Sequence[Reference | Objective] | None = None,
+        config: OGPSAConfig | None = None,
+        *,
+        processing_class: Any = None,
+        cache: Path | None = None,
+    ) -> None:
+        self.config = config or OGPSAConfig()
+        self.model = model
+        self.optimizer = unwrap_optimizer(optimizer)
+        self.space = AdapterSpace.from_model(model)
+        check_optimizer(self.optimizer)
+        check_sharding(model, self.space.parameters)
+        safeguards.check_held(self.space, self.optimizer)
+        safeguards.warn_of_rounding(self.space)
+        if unpacked := keep_differentiable(model):
+            logger.warning(
+                "%d 4-bit layers were in bitsandbytes' CPU inference format, through which no "
+                "gradient flows; they have been unpacked. Gradients taken before were wrong, and "
+                "the scales are rounded to bfloat16: load the model again before evaluating it, or "
+                "attach OGPSA first.",
+                unpacked,
+            )
+        chosen = default_references() if references is None else list(references)
+        if self.space.sharded:
+            chosen = [self._ready(r) for r in chosen]
+        names = [r.name for r in chosen]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"Reference names should be unique. Found {names}.")
+        with first_process_first():
+            objectives = [
+                r.prepare(model, processing_class, cache=cache) if isinstance(r, Reference) else r
+                for r in chosen
+            ]
+        self.estimator = Estimator(model, self.space, objectives, self.config)
+        self.metric: InverseMetric | None = None
+        if self.config.metric == "optimizer":
+            self.metric = InverseMetric(self.space, self.optimizer, self.config.metric_damping)
+        self._budgets = torch.tensor(
+            [
+                self.config.budget if o.reference.budget is None else o.reference.budget
+                for o in objectives
+            ],
+            device=self.space.device,
+        )
+        #: Optimizer steps taken so far.
+        self.steps = 0
+        self._flat = self.space.zeros()
+        self._typical = torch.zeros((), device=self.space.device)
+        self._moved = False
+        self._skipped = False
+        self._armed = False
+        self._nested = False
+        self._logs = StepLogs()
+        self._handles: list[Any] = []
+        self.attach()
+
+    @staticmethod
+    def _ready(reference: Reference | Objective) -> Reference | Objective:
+        """Under FSDP2 the model can no longer generate: its answers must be there already."""
+        if isinstance(reference, Reference) and reference.asks_the_model():
+            raise ConfigError(
+                f"Reference `{reference.name}` needs the base model's own answers, and a model "
+                "sharded by FSDP2 cannot generate them. Before `fully_shard`, call "
+                "`reference.prepare(model, tokenizer)` and pass what it returns."
+            )
+        return reference
+
+    # ------------------------------------------------------------------ life
+
+    def attach(self) -> None:
+        """Register the hooks; done on construction."""
+        if self._handles:
+            return
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+            # An adapted layer, not the model: accelerate's autocast begins inside the model.
+            self.model.get_submodule(self.space.blocks[0].name).register_forward_pre_hook(
+                self._watch_forward
+            ),
+        ]
+
+    def detach(self) -> None:
+        """Remove every hook; model and optimizer are as if OGPSA had never been there."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> OGPSA:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    # ------------------------------------------------------------------ hooks
+
+    def _watch_forward(self, module: nn.Module, inputs: Any) -> None:
+        """Note the autocast state of training forwards, to repeat it in reference passes."""
+        if module.training and torch.is_grad_enabled():
+            kind = self.space.device.type
+            cast = self.estimator.passes.autocast
+            cast.enabled = torch.is_autocast_enabled(kind)
+            cast.dtype = torch.get_autocast_dtype(kind) if cast.enabled else torch.float32
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        safeguards.refuse_closure(args, kwargs)
+        safeguards.check_held(self.space, self.optimizer)
+        safeguards.check_device(self.space, self._flat)
+        # A fused optimizer under a GradScaler runs its hooks even if the step is skipped.
+        overflow = getattr(optimizer, "found_inf", None)
+        self._skipped = overflow is not None and bool(overflow > 0)
+        if self._skipped:
+            return
+        safeguards.check_gradients(self.space)
+        # A subclass whose `step` calls its base class's fires the hooks twice, one pair inside the
+        # other, if torch has hooked both classes (PEFT's Riemannian optimizer).
+        self._nested = self._armed
+        if not self._nested and self.is_refresh_due():
+            self.refresh()
+        self._armed = True
+        if self.config.space == "gradient":
+            self._project_gradients()
+        else:
+            self.space.read(self._flat)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._skipped:
+            return
+        if not self._armed:
+            # The outer of two nested steps: the inner one has been constrained already.
+            if self.config.space == "update":
+                safeguards.check_rest(self.space, self.optimizer, self._flat)
+            return
+        if self.config.space == "update":
+            self._project_update()
+        self.steps += 1
+        self._armed = False
+        if self._nested:
+            self.space.read(self._flat)
+
+    def _project_gradients(self) -> None:
+        flat = self._flat.zero_()
+        views = self.space.views(flat)
+        held = [(v, p.grad) for v, p in zip(views, self.space.parameters, strict=True)]
+        for view, grad in held:
+            if grad is not None:
+                view.copy_(whole(grad))
+        # The constraints speak of a step, and the step goes against the gradient.
+        flat.neg_()
+        fix = self._correction(flat, None)
+        self._logs.removed(fix, flat)
+        flat.add_(fix).neg_()
+        for view, grad in held:
+            if grad is not None:
+                target, value = local_pair(grad, view)
+                target.copy_(value)
+
+    def _project_update(self) -> None:
+        views = self.space.views(self._flat)
+        now = [whole(p.detach()) for p in self.space.parameters]
+        if any(p.dtype != torch.float32 for p in now):
+            now = [p.float() for p in now]
+        torch._foreach_sub_(views, now)
+        step = self._flat.neg_()
+        weights = self.metric.update() if self.metric is not None else None
+        if not self._moved:
+            self._moved = safeguards.check_movement(self.space, self.optimizer, step)
+        self._typical.lerp_(step.norm(), 1.0 if self.steps == 0 else _TYPICAL_SHARE)
+        fix = self._correction(step, weights)
+        self._logs.removed(fix, step)
+        self.space.add(fix)
+
+    # ------------------------------------------------------------------ the rule
+
+    def _correction(self, step: Tensor, weights: Tensor | None) -> Tensor:
+        """X - Δ [d] for the configured constraint."""
+        config, estimator = self.config, self.estimator
+        if config.constraint == "budget":
+            return budget_correction(
+                estimator.means,
+                step,
+                self._budgets - estimator.excess,
+                weights,
+                recovery=config.recovery,
+                max_correction=config.max_correction,
+            )
+        fix = torch.zeros_like(step)
+        for index, slab in enumerate(estimator.slabs):
+            piece = slab.view(step)
+            inverse = None if weights is None else slab.view(weights)
+            if estimator.subspace is not None:
+                found = correction(estimator.subspace.bases[index], piece, inverse)
+            else:
+                rows = slab.view(estimator.means).transpose(0, 1)
+                found = correction(rows, piece, inverse, rows.new_zeros(rows.shape[:2]))
+            slab.view(fix).copy_(found)
+        return fix
+
+    # ------------------------------------------------------------------ refreshes
+
+    def is_refresh_due(self) -> bool:
+        """Whether the coming optimizer step refreshes the reference gradients first."""
+        every = self.config.refresh_every or 1
+        early = self.config.refresh == "interval" and self.steps in self.config.early_refreshes
+        return early or self.steps % every == 0
+
+    def refresh(self) -> Refreshed:
+        """Refresh the reference gradients now, and restore if the settings say so."""
+        self.space.bind(self.model)
+        began = time.perf_counter()
+        seen = self.estimator.refresh()
+        if self.config.restoration > 0 and seen.losses:
+            self._restore()
+        self._logs.refreshed(seen, time.perf_counter() - began)
+        return seen
+
+    def _restore(self) -> None:
+        """A step back towards the base model's reference losses (DESIGN §7)."""
+        weights = self.metric.latest if self.metric is not None else None
+        excess = self.estimator.excess.clamp_min(0) * self.config.restoration
+        back = restoration_step(self.estimator.means, excess, weights)
+        limit = self.config.restoration_cap * self._typical
+        back *= (limit / back.norm().clamp_min(torch.finfo(back.dtype).tiny)).clamp_max(1.0)
+        self.space.add(back)
+
+    # ------------------------------------------------------------------ state
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything a resumed run needs into `folder`: safetensors and JSON."""
+        tensors, facts = self.estimator.state_dict()
+        tensors["typical"] = self._typical
+        if self.metric is not None:
+            tensors.update(self.metric.state_dict())
+        save_state(
+            Path(folder),
+            tensors,
+            {
+                "steps": self.steps,
+                "moved": self._moved,
+                "estimator": facts,
+                "config": self.config.to_dict(),
+                "layout": self._layout(),
+                "references": self._reference_sizes(),
+            },
+        )
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from what :meth:`save` wrote: bases, sketches, schedule and counters.
+
+        Raises:
+            StateError: there is no whole state in `folder`, or it belongs to another LoRA layout,
+                other settings or references; the difference is named.
+        """
+        tensors, facts = load_state(Path(folder))
+        require_equal(facts["layout"], self._layout(), "LoRA layout")
+        require_equal(facts["config"], self.config.to_dict(), "configuration")
+        require_equal(facts["references"], self._reference_sizes(), "set of references")
+        self.estimator.load_state_dict(tensors, facts["estimator"])
+        self._typical.copy_(tensors["typical"])
+        if self.metric is not None:
+            self.metric.load_state_dict(tensors)
+        self.steps, self._moved = int(facts["steps"]), bool(facts["moved"])
+
+    def _layout(self) -> dict[str, list[int]]:
+        return {
+            name: list(shape)
+            for block in self.space.blocks
+            for name, shape in zip(block.parameters, block.shapes, strict=True)
+        }
+
+    def _reference_sizes(self) -> dict[str, int]:
+        return {objective.name: len(objective) for objective in self.estimator.objectives}
+
+    # ------------------------------------------------------------------ reporting
+
+    def pop_logs(self) -> dict[str, float]:
+        """What happened since the last call, averaged; the only place that waits for the device.
+
+        Keys: ``removed_energy`` (share of the step's energy that the correction changed),
+        ``captured_energy``, ``refresh_seconds`` (sum), and per reference ``loss/<name>`` and
+        ``excess/<name>``.
+        """
+        return self._logs.pop()

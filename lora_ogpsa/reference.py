@@ -1,0 +1,359 @@
+"""Reference objectives: what must not get worse, as losses whose gradients become rows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_ogpsa import data
+from lora_ogpsa.answers import base_mode, own_answers
+from lora_ogpsa.errors import ConfigError, DataError
+
+Loss = Literal["kl", "distill", "sft", "dpo"]
+Tokens = tuple[list[int], list[int]]
+_LOSSES = ("kl", "distill", "sft", "dpo")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A named data set with a loss that safety training must not raise.
+
+    Args:
+        name: what logs and reports call it.
+        data: a JSON Lines/CSV/Parquet file, a hub id, ``"embedded:harmless"`` (ours), a
+            ``datasets.Dataset`` or any sequence of rows. Rows hold ``messages``, or ``prompt``
+            with an optional answer, or token ids (``input_ids`` and ``labels``).
+        loss: ``"kl"``, divergence from the base model in nats per token on its own answers
+            (prompts suffice); ``"distill"``, NLL of those answers; ``"sft"``, NLL of the answers
+            in the data; ``"dpo"``, the sigmoid preference loss on ``prompt``/``chosen``/
+            ``rejected`` rows.
+        weight: of its rows in sketches.
+        budget: nats per token its loss may exceed the base model's; ``None`` takes
+            `OGPSAConfig.budget`.
+        first_tokens: answer tokens that count extra: over-refusal is decided there and drowns
+            in an average over the answer. ``None`` turns it off.
+        first_tokens_weight: share of the loss that is the average over the first tokens only; 1
+            restricts the reference to them.
+        kind: keep only rows whose ``kind``, ``type`` or ``source`` field has this value.
+        split: split of a hub data set.
+        limit: most rows used, drawn at random with `seed`.
+        max_length: longest example, in tokens; longer answers are cut.
+        max_new_tokens: length of the base model's own answers, in tokens.
+        beta: of the preference loss.
+        seed: of the draw of `limit` rows.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    name: str
+    data: Any = "embedded:harmless"
+    loss: Loss = "kl"
+    weight: float = 1.0
+    budget: float | None = None
+    first_tokens: int | None = 6
+    first_tokens_weight: float = 0.5
+    kind: str | None = None
+    split: str | None = None
+    limit: int | None = 128
+    max_length: int = 512
+    max_new_tokens: int = 64
+    beta: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.loss not in _LOSSES:
+            raise ConfigError(
+                f"Reference `{self.name}`: `loss` should be one of {list(_LOSSES)}. Found "
+                f"{self.loss!r}."
+            )
+        positive = ("weight", "max_length", "max_new_tokens", "beta")
+        optional = ("budget", "first_tokens", "limit")
+        for name in (*positive, *optional):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise ConfigError(
+                    f"Reference `{self.name}`: `{name}` should be a positive number. Found "
+                    f"{value!r}."
+                )
+            if value == 0 and name != "budget":
+                raise ConfigError(f"Reference `{self.name}`: `{name}` should be above 0. Found 0.")
+        if not 0 <= self.first_tokens_weight <= 1:
+            raise ConfigError(
+                f"Reference `{self.name}`: `first_tokens_weight` should be in [0, 1]. Found "
+                f"{self.first_tokens_weight!r}."
+            )
+
+    def prepare(
+        self, model: nn.Module, tokenizer: Any = None, *, cache: Path | None = None
+    ) -> Objective:
+        """Load, tokenise, and have the base model answer where its own answers are wanted.
+
+        Args:
+            model: the PEFT model.
+            tokenizer: needed unless the rows are token ids already.
+            cache: folder in which the base model's answers are kept.
+
+        Raises:
+            DataError: no rows, or rows without the expected fields.
+            ConfigError: text without a tokenizer, or a model that is no language model.
+        """
+        _require_language_model(model, self.name)
+        rows = self._rows()
+        if self.loss == "dpo":
+            pairs = [self._encode_pair(row, tokenizer) for row in rows]
+            return Objective(self, [sequence for pair in pairs for sequence in pair], model)
+        encoded = [self._encode(row, tokenizer) for row in rows]
+        if self.loss in ("kl", "distill") and not self._tokenised(rows[0]):
+            answers = own_answers(
+                model,
+                self._needed(tokenizer),
+                [prompt for prompt, _ in encoded],
+                max_new_tokens=self.max_new_tokens,
+                cache=cache,
+                title=f"reference `{self.name}`: the base model answers",
+            )
+            encoded = [(prompt, reply) for (prompt, _), reply in zip(encoded, answers, strict=True)]
+        missing = sum(not answer for _, answer in encoded)
+        if missing:
+            raise DataError(
+                f"Reference `{self.name}`: {missing} of {len(encoded)} rows have no answer, which "
+                f"`loss='{self.loss}'` needs. Use `loss='kl'`, which needs prompts only."
+            )
+        return Objective(self, encoded, model)
+
+    def asks_the_model(self) -> bool:
+        """Whether :meth:`prepare` has the base model answer prompts."""
+        return self.loss in ("kl", "distill") and not self._tokenised(self._rows()[0])
+
+    # ------------------------------------------------------------------ rows
+
+    def _rows(self) -> list[Mapping[str, Any]]:
+        if isinstance(self.data, str | Path):
+            rows: Sequence[Mapping[str, Any]] = data.load_rows(self.data, split=self.split)
+        else:
+            rows = list(self.data)
+        if self.kind is not None:
+            fields = ("kind", "type", "source")
+            rows = [r for r in rows if self.kind in [r.get(f) for f in fields]]
+        if not rows:
+            wanted = f" of kind {self.kind!r}" if self.kind is not None else ""
+            raise DataError(
+                f"Reference `{self.name}` has no rows{wanted}. An empty reference protects "
+                "nothing: give it data, or remove it."
+            )
+        if self.limit is not None and len(rows) > self.limit:
+            generator = torch.Generator().manual_seed(self.seed)
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            rows = [rows[i] for i in sorted(order[: self.limit])]
+        return list(rows)
+
+    @staticmethod
+    def _tokenised(row: Mapping[str, Any]) -> bool:
+        return "input_ids" in row
+
+    def _needed(self, tokenizer: Any) -> Any:
+        if tokenizer is None:
+            raise ConfigError(
+                f"Reference `{self.name}` holds text, and there is no tokenizer. Pass "
+                "`processing_class=tokenizer`, or give rows of `input_ids` and `labels`."
+            )
+        return tokenizer
+
+    def _encode(self, row: Mapping[str, Any], tokenizer: Any) -> Tokens:
+        if self._tokenised(row):
+            return _split_ids(row, self.name)
+        messages, answer = data.as_messages(row)
+        if self.loss in ("kl", "distill"):
+            answer = None
+        elif answer is None:
+            raise DataError(
+                f"Reference `{self.name}` with `loss='{self.loss}'` needs rows with an answer. "
+                f"Found the fields {sorted(row)}. Use `loss='kl'`, which needs prompts only."
+            )
+        return data.encode(
+            self._needed(tokenizer),
+            messages,
+            answer,
+            max_length=self.max_length,
+            name=f"reference `{self.name}`",
+        )
+
+    def _encode_pair(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[Tokens, Tokens]:
+        prompt, chosen, rejected = data.as_preference(row)
+        tokenizer = self._needed(tokenizer)
+        name = f"reference `{self.name}`"
+        return (
+            data.encode(tokenizer, prompt, chosen, max_length=self.max_length, name=name),
+            data.encode(tokenizer, prompt, rejected, max_length=self.max_length, name=name),
+        )
+
+
+def default_references() -> list[Reference]:
+    """What is protected when nothing else is asked for: the embedded harmless prompts.
+
+    General requests and harmless look-alikes of harmful ones, each held to the base model's own
+    answers.
+    """
+    return [
+        Reference("general", "embedded:harmless", kind="general"),
+        Reference("lookalike", "embedded:harmless", kind="lookalike"),
+    ]
+
+
+class Objective:
+    """A prepared reference: tokenised examples and their loss under the current model.
+
+    Args:
+        reference: its settings.
+        sequences: (prompt ids, answer ids); for preference pairs chosen and rejected alternate.
+        model: the PEFT model, for what its forward accepts.
+    """
+
+    def __init__(self, reference: Reference, sequences: list[Tokens], model: nn.Module) -> None:
+        self.reference = reference
+        self.name = reference.name
+        self.sequences = sequences
+        self.fold = 2 if reference.loss == "dpo" else 1
+        self._base: dict[int, Tensor] = {}
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        accepted = inspect.signature(type(base).forward).parameters
+        self._keeps_logits = "logits_to_keep" in accepted
+        self._takes_positions = "position_ids" in accepted
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.sequences) // self.fold
+
+    def losses(self, model: nn.Module, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Loss of each example, and how far each lies above the base model's.
+
+        Args:
+            model: the PEFT model, in the mode it should be differentiated in.
+            indices: which examples, B of them.
+
+        Returns:
+            Losses [B] with their graph, and excess over the base model [B], detached, both in
+            nats per token (per pair for ``"dpo"``).
+        """
+        chosen = [i * self.fold + part for part in range(self.fold) for i in indices]
+        batch = _left_padded([self.sequences[i] for i in chosen])
+        device = next(model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        kind = self.reference.loss
+        if kind == "kl":
+            with torch.no_grad(), base_mode(model):
+                base = self._log_probs(model, batch)
+            current = self._log_probs(model, batch)
+            divergence = (base.exp() * (base - current)).sum(-1)
+            losses = self._token_mean(divergence, batch["answer"])
+            return losses, losses.detach()
+        losses = self._plain_losses(model, batch, indices)
+        unseen = [i for i in indices if i not in self._base]
+        if unseen:
+            with torch.no_grad(), base_mode(model):
+                found = self._plain_losses(model, batch, indices).detach()
+            self._base.update(zip(indices, found, strict=True))
+        base_losses = torch.stack([self._base[i] for i in indices])
+        return losses, losses.detach() - base_losses
+
+    # ------------------------------------------------------------------ the losses themselves
+
+    def _plain_losses(
+        self, model: nn.Module, batch: dict[str, Tensor], indices: Sequence[int]
+    ) -> Tensor:
+        scores = self._log_probs(model, batch)
+        log_probs = scores.gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
+        if self.reference.loss != "dpo":
+            return self._token_mean(-log_probs, batch["answer"])
+        with torch.no_grad(), base_mode(model):
+            base = self._log_probs(model, batch)
+            base = base.gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
+        # Rafailov et al. 2023, eq. 7, with the base model as the reference policy.
+        ratio = ((log_probs - base) * batch["answer"]).sum(-1)
+        won, lost = ratio.unflatten(0, (2, len(indices)))
+        return -functional.logsigmoid(self.reference.beta * (won - lost))
+
+    def _log_probs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Log-probabilities [B, answer length, vocabulary], float32, of the answer positions."""
+        keep = batch["labels"].shape[1]
+        inputs: dict[str, Any] = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "use_cache": False,
+        }
+        if self._takes_positions:
+            positions = batch["attention_mask"].cumsum(-1) - 1
+            inputs["position_ids"] = positions.clamp_min(0)
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = keep + 1
+        logits = model(**inputs).logits
+        return logits[:, -keep - 1 : -1].float().log_softmax(-1)
+
+    def _token_mean(self, values: Tensor, answer: Tensor) -> Tensor:
+        """Average over the answer, mixed with the average over its first tokens."""
+        mask = answer.float()
+        whole = (values * mask).sum(-1) / mask.sum(-1)
+        if self.reference.first_tokens is None or self.reference.first_tokens_weight == 0:
+            return whole
+        early = mask * (mask.cumsum(-1) <= self.reference.first_tokens)
+        first = (values * early).sum(-1) / early.sum(-1)
+        share = self.reference.first_tokens_weight
+        return (1 - share) * whole + share * first
+
+
+def _require_language_model(model: Any, name: str) -> None:
+    """Refuse a model whose logits are not of tokens: a classifier has no likelihood to protect."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is None:
+        raise ConfigError(
+            f"Reference `{name}` is a loss on the probabilities of tokens, and "
+            f"{type(base).__name__} has no language-model head (a reward model or another "
+            "classifier). OGPSA protects language models; train this one without it."
+        )
+
+
+def _split_ids(row: Mapping[str, Any], name: str) -> Tokens:
+    ids = list(row["input_ids"])
+    labels = list(row.get("labels", ids))
+    if len(labels) != len(ids):
+        raise DataError(
+            f"Reference `{name}`: a row has {len(ids)} `input_ids` and {len(labels)} `labels`."
+        )
+    start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
+    start = max(start, 1)  # the first token has nothing to be predicted from
+    return ids[:start], ids[start:]
+
+
+def _left_padded(sequences: Sequence[Tokens]) -> dict[str, Tensor]:
+    """Left-padded batch: answers end together, so only the last logits are ever needed.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` [B, T]; ``labels`` and ``answer`` (which of them
+        count) [B, longest answer].
+    """
+    width = max(len(p) + len(a) for p, a in sequences)
+    keep = max(len(a) for _, a in sequences)
+    columns: dict[str, list[list[int]]] = {
+        "input_ids": [],
+        "attention_mask": [],
+        "labels": [],
+        "answer": [],
+    }
+    for prompt, answer in sequences:
+        pad = width - len(prompt) - len(answer)
+        columns["input_ids"].append([0] * pad + prompt + answer)
+        columns["attention_mask"].append([0] * pad + [1] * (width - pad))
+        columns["labels"].append([0] * (keep - len(answer)) + answer)
+        columns["answer"].append([0] * (keep - len(answer)) + [1] * len(answer))
+    return {name: torch.tensor(rows) for name, rows in columns.items()}

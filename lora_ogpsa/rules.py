@@ -1,0 +1,193 @@
+r"""The update rules as pure tensor maths: the smallest correction that meets the constraints.
+
+Every rule solves, for the step :math:`\Delta` and rows :math:`C`,
+
+.. math:: x = \arg\min_x (x - \Delta)^\top M (x - \Delta) \quad\text{s.t.}\quad Cx = 0
+   \ \text{ or }\ Cx \le b,
+
+whose solution is :math:`x = \Delta - M^{-1} C^\top \lambda` with :math:`\lambda` from a system of
+as many unknowns as there are rows. All functions are batched over independent pieces and keep to
+the device: none waits for the host.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from lora_ogpsa.errors import ConfigError
+
+MAX_INEQUALITIES = 8
+# Elements of the weighted copy of the rows made at a time: it bounds the extra memory of a
+# projection, not its result.
+_CHUNK = 1 << 24
+
+
+def solve_equalities(gram: Tensor, residual: Tensor) -> Tensor:
+    r"""λ of the equality-constrained step: :math:`CM^{-1}C^\top \lambda = C\Delta`.
+
+    Rows that are zero (a basis with fewer directions than its storage) get λ = 0.
+
+    Args:
+        gram: C M⁻¹ Cᵀ [..., k, k].
+        residual: C Δ [..., k].
+
+    Returns:
+        λ [..., k], float64.
+    """
+    gram, residual = gram.double(), residual.double()
+    empty = gram.diagonal(dim1=-2, dim2=-1) <= 0
+    gram = gram + torch.diag_embed(empty.double())
+    solution = torch.linalg.solve_ex(gram, residual.unsqueeze(-1))[0].squeeze(-1)
+    return solution.masked_fill(empty, 0.0)
+
+
+def solve_inequalities(gram: Tensor, residual: Tensor) -> Tensor:
+    r"""λ ≥ 0 of the inequality-constrained step, by its dual, a non-negative least squares.
+
+    Minimises :math:`\tfrac12 \lambda^\top Q\lambda - \lambda^\top r` over λ ≥ 0 exactly: the
+    minimum has some support on which λ solves the equality system, and with at most
+    :data:`MAX_INEQUALITIES` rows all supports are tried at once, in one batched solve.
+
+    Args:
+        gram: Q = C M⁻¹ Cᵀ [..., k, k].
+        residual: r = C Δ - b [..., k].
+
+    Returns:
+        λ [..., k], float64.
+
+    Raises:
+        ConfigError: more than :data:`MAX_INEQUALITIES` rows.
+    """
+    k = gram.shape[-1]
+    if k > MAX_INEQUALITIES:
+        raise ConfigError(
+            f"One-sided constraints take at most {MAX_INEQUALITIES} mean rows (one per reference, "
+            f"and one more for each with `first_tokens` rows). Found {k}: use fewer references."
+        )
+    q, r = gram.double(), residual.double()
+    # Rows may differ by orders of magnitude; in units of their own length they do not.
+    length = q.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    unit = torch.where(length > 0, 1 / length, torch.zeros_like(length))
+    q = q * unit.unsqueeze(-1) * unit.unsqueeze(-2)
+    r = r * unit
+    supports = torch.tensor(
+        list(itertools.product((0.0, 1.0), repeat=k)), device=q.device, dtype=q.dtype
+    )  # [2^k, k]
+    inside = supports.unsqueeze(-1) * supports.unsqueeze(-2)
+    outside = torch.diag_embed(1.0 - supports)
+    # Parallel rows leave a support singular; a ridge far below the data picks one solution.
+    ridge = 1e-12 * torch.eye(k, device=q.device, dtype=q.dtype)
+    systems = q.unsqueeze(-3) * inside + outside + ridge
+    right = r.unsqueeze(-2) * supports
+    lam = torch.linalg.solve_ex(systems, right.unsqueeze(-1))[0].squeeze(-1)  # [..., 2^k, k]
+    lam = torch.nan_to_num(lam)
+    feasible = (lam >= -1e-12).all(-1)
+    lam = lam.clamp_min(0)
+    objective = 0.5 * ((lam @ q) * lam).sum(-1) - (lam * r.unsqueeze(-2)).sum(-1)
+    objective = objective.masked_fill(~feasible, float("inf"))
+    best = objective.argmin(-1, keepdim=True).unsqueeze(-1)
+    chosen = lam.gather(-2, best.expand(*best.shape[:-1], k)).squeeze(-2)
+    return chosen * unit
+
+
+def correction(
+    rows: Tensor,
+    step: Tensor,
+    inverse_metric: Tensor | None = None,
+    bound: Tensor | None = None,
+) -> Tensor:
+    r"""The correction x - Δ = -M⁻¹Cᵀλ of each piece, as a new tensor.
+
+    Args:
+        rows: C [count, k, w], any floating dtype; used in float32.
+        step: Δ [count, w], float32.
+        inverse_metric: the diagonal of M⁻¹ [count, w]; ``None`` is the identity.
+        bound: b [count, k] of Cx ≤ b; ``None`` demands Cx = 0.
+
+    Returns:
+        [count, w], float32.
+    """
+    out = torch.empty_like(step)
+    pieces = max(1, _CHUNK // max(1, rows.shape[1] * rows.shape[2]))
+    for at in range(0, rows.shape[0], pieces):
+        part = slice(at, at + pieces)
+        c = rows[part].float()
+        delta = step[part].unsqueeze(-1)
+        weighted = c if inverse_metric is None else c * inverse_metric[part].unsqueeze(-2)
+        gram = weighted @ c.mT
+        residual = (c @ delta).squeeze(-1)
+        if bound is None:
+            lam = solve_equalities(gram, residual)
+        else:
+            lam = solve_inequalities(gram, residual - bound[part])
+        out[part] = -(weighted.mT @ lam.float().unsqueeze(-1)).squeeze(-1)
+    return out
+
+
+def budget_correction(
+    rows: Tensor,
+    step: Tensor,
+    slack: Tensor,
+    inverse_metric: Tensor | None = None,
+    *,
+    recovery: float,
+    max_correction: float,
+) -> Tensor:
+    r"""The correction of the budget rule (DESIGN §2): Cx ≤ b, and a way back where b < 0.
+
+    Two problems share one Gram matrix: with b⁺ = max(b, 0), which only keeps the step from making
+    anything worse and is always feasible, and with the overdrawn part of b replaced by a share
+    ρ of it. The step goes from the first solution towards the second as far as the cap allows;
+    both satisfy Cx ≤ b⁺, so every point between them does.
+
+    Args:
+        rows: C [k, w], mean reference gradients.
+        step: Δ [w], float32.
+        slack: b [k], budget left per reference, negative where overdrawn.
+        inverse_metric: the diagonal of M⁻¹ [w]; ``None`` is the identity.
+        recovery: ρ.
+        max_correction: the way back is at most this many times as long as Δ, in the metric.
+
+    Returns:
+        x - Δ [w], float32.
+    """
+    weighted = rows if inverse_metric is None else rows * inverse_metric
+    gram = (weighted @ rows.mT).double()
+    residual = (rows @ step).double()
+    slack = slack.double()
+    hold = solve_inequalities(gram, residual - slack.clamp_min(0))
+    target = torch.where(slack < 0, recovery * slack, slack)
+    back = solve_inequalities(gram, residual - target) - hold
+    squared = step.square() if inverse_metric is None else step.square() / inverse_metric
+    limit = max_correction * squared.sum().double().sqrt()
+    length = (back @ gram @ back).clamp_min(0).sqrt()
+    lam = hold + back * (limit / length.clamp_min(1e-300)).clamp_max(1.0)
+    return -(weighted.mT @ lam.float())
+
+
+def restoration_step(
+    rows: Tensor, excess: Tensor, inverse_metric: Tensor | None = None, ridge: float = 1e-6
+) -> Tensor:
+    r"""The shortest step that takes reference losses back, to first order (DESIGN §7).
+
+    .. math:: \Delta = -M^{-1} J^\top (J M^{-1} J^\top + \varepsilon I)^{-1} v
+
+    Args:
+        rows: J [k, w], mean reference gradients.
+        excess: v [k], how far each reference loss is above where it should be, ≥ 0.
+        inverse_metric: the diagonal of M⁻¹ [w]; ``None`` is the identity.
+        ridge: ε as a share of the mean of the Gram matrix's diagonal.
+
+    Returns:
+        [w], float32.
+    """
+    weighted = rows if inverse_metric is None else rows * inverse_metric
+    gram = (weighted @ rows.mT).double()
+    gram = gram + ridge * gram.diagonal().mean() * torch.eye(
+        len(gram), device=gram.device, dtype=gram.dtype
+    )
+    lam = solve_equalities(gram, excess)
+    return -(weighted.mT @ lam.float())

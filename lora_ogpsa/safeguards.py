@@ -1,0 +1,107 @@
+"""Checks that a step can be constrained: if it cannot, the run stops; it never goes on unprotected.
+
+Each raises :class:`ProjectionError` with what was found, the likely cause, and the way out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ogpsa.adapters import AdapterSpace
+from lora_ogpsa.errors import ProjectionError
+from lora_ogpsa.sharding import whole
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """`optimizer.step` must not be given a closure."""
+    if any(callable(value) for value in (*args, *kwargs.values())):
+        raise ProjectionError(
+            "`optimizer.step` was called with a closure: the gradient is computed inside the "
+            "step, where it cannot be constrained. Call `loss.backward()` and then "
+            "`optimizer.step()`."
+        )
+
+
+def check_held(space: AdapterSpace, optimizer: Any) -> None:
+    """The optimizer must hold the very parameters of the adapter, and they must be trainable."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in zip(space.parameter_names, space.parameters, strict=True):
+        if id(parameter) not in held:
+            raise ProjectionError(
+                f"The optimizer does not hold `{name}`. It was built before the adapter was "
+                "attached or moved, or holds other Parameter objects: its steps would not "
+                "move this model. Build the optimizer from the final model, then attach OGPSA."
+            )
+        if not parameter.requires_grad:
+            raise ProjectionError(
+                f"`{name}` was frozen after OGPSA was attached. Freeze before attaching, or "
+                "detach and attach again."
+            )
+
+
+def warn_of_rounding(space: AdapterSpace) -> None:
+    """Say so if the parameters are too coarse for an exact step."""
+    coarse = sorted({str(p.dtype) for p in space.parameters if p.dtype.itemsize < 4})
+    if coarse:
+        logger.warning(
+            "The LoRA weights are %s: rounding them leaves 1 to 20 %% of a step in the protected "
+            "directions (docs/support.md). TRL makes them so on 4-bit bases. For exact steps, "
+            "before training: `for p in model.parameters(): if p.requires_grad: "
+            "p.data = p.data.float()`.",
+            " and ".join(coarse),
+        )
+
+
+def check_device(space: AdapterSpace, flat: Tensor) -> None:
+    """The model must be where it was when OGPSA was attached."""
+    if flat.device != space.device:
+        raise ProjectionError(
+            f"The model was moved to {space.device} after OGPSA was attached on {flat.device}. "
+            "Move it (or `accelerator.prepare` it) first, then attach."
+        )
+
+
+def check_gradients(space: AdapterSpace) -> None:
+    """Some parameter must have a gradient."""
+    if all(p.grad is None for p in space.parameters):
+        raise ProjectionError(
+            "No LoRA parameter that OGPSA holds received a gradient. Was the adapter replaced "
+            "or deleted, or the model wrapped again, after OGPSA was attached? Attach it last."
+        )
+
+
+def check_movement(space: AdapterSpace, optimizer: Any, step: Tensor) -> bool:
+    """A step that should move the adapter must have moved it.
+
+    Returns:
+        Whether this step was one to judge by: a zero learning rate or gradient moves nothing.
+    """
+    if not any(float(group["lr"]) > 0 for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for p in space.parameters if p.grad is not None]
+    if not any(bool(whole(g).any()) for g in grads):
+        return False
+    if not bool(step.any()):
+        raise ProjectionError(
+            f"A step of {type(optimizer).__name__} with non-zero gradients and learning rate moved "
+            "none of the LoRA parameters that OGPSA holds. Its `step` does nothing here "
+            "(layer-wise and DeepSpeed optimizers step elsewhere), so nothing can be protected: "
+            "use an optimizer that steps in `step`."
+        )
+    return True
+
+
+def check_rest(space: AdapterSpace, optimizer: Any, flat: Tensor) -> None:
+    """The parameters must still be `flat` [d], where a constrained step has left them."""
+    if not torch.equal(flat, space.read()):
+        raise ProjectionError(
+            f"{type(optimizer).__name__} moves the parameters after the step of its base class, "
+            "where they cannot be constrained. Use an optimizer that moves them once."
+        )

@@ -1,0 +1,112 @@
+import pytest
+
+from lora_ogpsa import OGPSAConfig
+from lora_ogpsa.errors import ConfigError
+
+
+def test_defaults_resolve_to_the_streamed_budget():
+    config = OGPSAConfig()
+    assert (config.constraint, config.granularity, config.metric) == (
+        "budget",
+        "global",
+        "optimizer",
+    )
+    assert (config.refresh, config.refresh_every, config.references_per_refresh) == (
+        "stream",
+        1,
+        1,
+    )
+    assert config.sketch_size == 2 * config.rank
+
+
+def test_orthogonal_resolves_to_intervals_per_adapter():
+    config = OGPSAConfig(constraint="orthogonal")
+    assert (config.granularity, config.refresh, config.refresh_every) == (
+        "adapter",
+        "interval",
+        20,
+    )
+    assert config.references_per_refresh == 16
+    assert config.decay == 0.0
+
+
+def test_paper_preset_is_the_published_rule():
+    config = OGPSAConfig(preset="paper")
+    assert (config.space, config.granularity, config.constraint, config.rows) == (
+        "gradient",
+        "tensor",
+        "orthogonal",
+        "means",
+    )
+    assert (config.rank, config.refresh_every, config.references_per_refresh) == (2, 30, 400)
+    assert config.metric == "euclidean"
+    assert config.restoration == 0.0
+
+
+def test_paper_preset_lets_the_cost_be_changed_but_not_the_rule():
+    assert OGPSAConfig(preset="paper", refresh_every=5).refresh_every == 5
+    with pytest.raises(ConfigError, match=r"fixes `constraint='orthogonal'`.*halfspace"):
+        OGPSAConfig(preset="paper", constraint="halfspace")
+
+
+@pytest.mark.parametrize(
+    "config", [OGPSAConfig(), OGPSAConfig(preset="paper"), OGPSAConfig(constraint="halfspace")]
+)
+def test_round_trip_through_a_dictionary(config):
+    assert OGPSAConfig.from_dict(config.to_dict()) == config
+
+
+def test_unknown_key_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"`refresh_evry`.*Did you mean `refresh_every`"):
+        OGPSAConfig.from_dict({"refresh_evry": 3})
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"space": "weights"}, "space"),
+        ({"constraint": "soft"}, "constraint"),
+        ({"preset": "best"}, "preset"),
+        ({"rank": 0}, "rank"),
+        ({"rank": 2.5}, "rank"),
+        ({"refresh_every": -1}, "refresh_every"),
+        ({"references_per_refresh": 0}, "references_per_refresh"),
+        ({"decay": 1.0}, "decay"),
+        ({"energy": 0.0}, "energy"),
+        ({"energy": 1.5}, "energy"),
+        ({"budget": -0.1}, "budget"),
+        ({"budget": float("nan")}, "budget"),
+        ({"recovery": 0.0}, "recovery"),
+        ({"restoration": 2.0}, "restoration"),
+        ({"early_refreshes": (-1,)}, "early_refreshes"),
+        ({"basis_dtype": "int4"}, "basis_dtype"),
+        ({"metric_damping": 0}, "metric_damping"),
+    ],
+)
+def test_out_of_range_is_refused_by_name(values, named):
+    with pytest.raises(ConfigError, match=f"`{named}`"):
+        OGPSAConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"sketch_size": 4, "rank": 8}, "sketch_size"),
+        ({"constraint": "budget", "space": "gradient"}, "space='update'"),
+        ({"constraint": "budget", "granularity": "adapter"}, "granularity='global'"),
+        ({"constraint": "budget", "restoration": 0.5}, "restoration"),
+        (
+            {"constraint": "orthogonal", "space": "gradient", "metric": "optimizer"},
+            "metric='euclidean'",
+        ),
+        ({"constraint": "halfspace", "adaptive_threshold": 0.5}, "adaptive_threshold"),
+        ({"constraint": "halfspace", "restoration": 0.5}, "refresh='interval'"),
+        (
+            {"constraint": "orthogonal", "space": "gradient", "restoration": 0.5},
+            "space='update'",
+        ),
+    ],
+)
+def test_contradictions_are_refused_with_a_way_out(values, named):
+    with pytest.raises(ConfigError, match=named):
+        OGPSAConfig(**values)

@@ -1,0 +1,48 @@
+"""Several real processes (gloo, CPU) against one process on the same examples."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def start(output, constraint, processes):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(processes)]
+    command += [str(HERE / "ddp_run.py"), str(output), constraint]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(output / f"{constraint}-{processes}-{r}.pt") for r in range(processes)]
+
+
+def span(basis):
+    """Projector onto the rows of each piece, which is the same for every basis of one space."""
+    return basis.mT @ basis
+
+
+@pytest.mark.parametrize("constraint", ["orthogonal", "budget", "halfspace"])
+def test_two_processes_end_alike_and_like_one(tmp_path, constraint):
+    (alone,) = start(tmp_path, constraint, 1)
+    first, second = start(tmp_path, constraint, 2)
+    assert alone.keys() == first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(first["means"], alone["means"], rtol=1e-2, atol=1e-5)
+    for name in first:
+        if name.startswith("basis"):
+            torch.testing.assert_close(span(first[name]), span(alone[name]), rtol=0, atol=2e-2)

@@ -1,0 +1,540 @@
+"""What the optimizer really did to the parameters, measured from outside."""
+
+import bitsandbytes as bnb
+import pytest
+import schedulefree
+import torch
+from references import token_reference, training_step
+from transformers.optimization import Adafactor
+
+from lora_ogpsa import OGPSA, OGPSAConfig
+from lora_ogpsa.errors import (
+    AdapterError,
+    ConfigError,
+    ProjectionError,
+    ReferenceLossError,
+)
+
+OPTIMIZERS = {
+    # Rounding the parameters to float32 leaves eps * |θ| / |Δ| of any step in the basis, so the
+    # step must not be much smaller than a useful one.
+    "sgd_momentum": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9),
+    "adamw_decay": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "adafactor": lambda p: Adafactor(p, lr=1e-3, relative_step=False, scale_parameter=False),
+    "adamw8bit": lambda p: bnb.optim.AdamW8bit(p, lr=1e-3, min_8bit_size=64),
+    "paged_adamw8bit": lambda p: bnb.optim.PagedAdamW8bit(p, lr=1e-3, min_8bit_size=64),
+    "lion": lambda p: bnb.optim.Lion(p, lr=1e-4),
+    "schedulefree": lambda p: schedulefree.AdamWScheduleFree(p, lr=1e-3),
+}
+
+
+def adapter_parameters(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def two_references(**kwargs):
+    return [token_reference("a", n=12, **kwargs), token_reference("b", n=12, seed=7, **kwargs)]
+
+
+def orthogonal(**kwargs):
+    return OGPSAConfig(constraint="orthogonal", rank=6, refresh_every=4, **kwargs)
+
+
+def worst_component(model, optimizer, config, steps=9):
+    """Largest share, over steps and blocks, of the actual change that lies in the basis."""
+    worst = 0.0
+    with OGPSA(model, optimizer, two_references(), config) as ogpsa:
+        for step in range(steps):
+            training_step(model, step)
+            before = ogpsa.space.read()
+            optimizer.step()
+            change = ogpsa.space.read() - before
+            assert change.norm() > 0
+            subspace, slabs = ogpsa.estimator.subspace, ogpsa.estimator.slabs
+            assert sum(subspace.dimensions.values()) > 0
+            for norms, slab in zip(subspace.component(change), slabs, strict=True):
+                total = slab.view(change).norm(dim=-1).clamp_min(1e-30)
+                worst = max(worst, float((norms / total).max()))
+            optimizer.zero_grad()
+    return worst
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("metric", ["optimizer", "euclidean"])
+@pytest.mark.filterwarnings("ignore:.*paged")
+def test_update_space_is_exact_under_every_optimizer(tiny_peft, name, metric):
+    model = tiny_peft(warm=True)
+    optimizer = OPTIMIZERS[name](adapter_parameters(model))
+    if name == "schedulefree":
+        optimizer.train()
+    assert worst_component(model, optimizer, orthogonal(metric=metric)) < 1e-5
+
+
+def test_update_space_is_exact_on_a_4bit_base(tiny_4bit):
+    model = tiny_4bit(warm=True)
+    optimizer = OPTIMIZERS["adamw_decay"](adapter_parameters(model))
+    assert worst_component(model, optimizer, orthogonal()) < 1e-5
+
+
+@pytest.mark.parametrize("granularity", ["adapter", "tensor", "global"])
+@pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16"])
+def test_update_space_is_exact_at_every_granularity_and_precision(
+    tiny_peft, granularity, basis_dtype
+):
+    model = tiny_peft(warm=True)
+    optimizer = OPTIMIZERS["adamw_decay"](adapter_parameters(model))
+    config = orthogonal(granularity=granularity, basis_dtype=basis_dtype)
+    assert worst_component(model, optimizer, config) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["adamw_decay", "adamw8bit", "lion"])
+def test_gradient_space_is_undone_by_adaptive_optimizers(tiny_peft, name):
+    """The reason this library exists: projecting the gradient does not project the update."""
+    model = tiny_peft(warm=True)
+    optimizer = OPTIMIZERS[name](adapter_parameters(model))
+    assert worst_component(model, optimizer, orthogonal(space="gradient")) > 0.02
+
+
+def test_gradient_space_is_exact_under_plain_sgd(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.5)
+    assert worst_component(model, optimizer, orthogonal(space="gradient")) < 1e-5
+
+
+def test_paper_preset_projects_the_gradient_off_its_normalised_means(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.5)
+    config = OGPSAConfig(preset="paper", references_per_refresh=8, refresh_every=4)
+    with OGPSA(model, optimizer, two_references(), config) as ogpsa:
+        training_step(model, 0)
+        optimizer.step()
+        flat = ogpsa.space.zeros()
+        for view, parameter in zip(ogpsa.space.views(flat), ogpsa.space.parameters, strict=True):
+            view.copy_(parameter.grad)
+        for slab in ogpsa.space.slabs("tensor"):
+            rows = slab.view(ogpsa.estimator.means).transpose(0, 1)
+            rows = rows / rows.norm(dim=-1, keepdim=True)
+            inside = (rows @ slab.view(flat).unsqueeze(-1)).abs().max()
+            assert inside < 1e-5 * flat.norm()
+
+
+# ------------------------------------------------------------------ one-sided constraints
+
+
+def first_order_changes(ogpsa, before):
+    change = ogpsa.space.read() - before
+    means = ogpsa.estimator.means
+    return (means @ change) / (means.norm(dim=-1) * change.norm()).clamp_min(1e-30)
+
+
+@pytest.mark.parametrize("granularity", ["adapter", "global"])
+@pytest.mark.parametrize("name", ["adamw_decay", "sgd_momentum", "adamw8bit"])
+def test_halfspace_never_raises_a_reference_loss_to_first_order(tiny_peft, name, granularity):
+    model = tiny_peft(warm=True)
+    optimizer = OPTIMIZERS[name](adapter_parameters(model))
+    config = OGPSAConfig(constraint="halfspace", granularity=granularity, references_per_refresh=4)
+    acted = []
+    with OGPSA(model, optimizer, two_references(loss="kl"), config) as ogpsa:
+        for _step in range(8):
+            training_step(model, 0)
+            before = ogpsa.space.read()
+            optimizer.step()
+            assert first_order_changes(ogpsa, before).max() < 1e-5
+            acted.append(ogpsa.pop_logs()["removed_energy"])
+            optimizer.zero_grad()
+    assert max(acted) > 0
+
+
+def test_budget_holds_a_reference_that_plain_training_forgets(tiny_peft):
+    """Train towards random targets: the divergence stays near its budget only with the budget."""
+
+    def divergence(protected):
+        model = tiny_peft(warm=False)
+        optimizer = torch.optim.AdamW(adapter_parameters(model), lr=2e-2)
+        reference = token_reference("a", n=6, loss="kl")
+        objective = reference.prepare(model)
+        ogpsa = None
+        if protected:
+            config = OGPSAConfig(budget=0.002, references_per_refresh=6)
+            ogpsa = OGPSA(model, optimizer, [objective], config)
+        for _step in range(30):
+            training_step(model, 0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if ogpsa is not None:
+            ogpsa.detach()
+        return float(objective.losses(model, range(6))[1].mean())
+
+    plain, kept = divergence(False), divergence(True)
+    assert plain > 0.01
+    assert kept < 0.006
+
+
+def test_restoration_lowers_the_excess_it_measured(tiny_peft):
+    model = tiny_peft(warm=False)
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=5e-3)
+    config = OGPSAConfig(
+        constraint="halfspace",
+        refresh="interval",
+        refresh_every=5,
+        restoration=1.0,
+        references_per_refresh=12,
+        early_refreshes=(),
+    )
+    references = [
+        token_reference("a", n=6, loss="kl"),
+        token_reference("b", n=6, seed=3, loss="kl"),
+    ]
+    with OGPSA(model, optimizer, references, config) as ogpsa:
+        for step in range(5):
+            training_step(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        objectives = ogpsa.estimator.objectives
+        before = [float(o.losses(model, range(6))[1].mean()) for o in objectives]
+        length = ogpsa.space.read()
+        ogpsa.refresh()
+        moved = (ogpsa.space.read() - length).norm()
+        after = [float(o.losses(model, range(6))[1].mean()) for o in objectives]
+        assert min(before) > 0
+        assert sum(after) < sum(before)
+        assert moved <= config.restoration_cap * ogpsa._typical * (1 + 1e-4)
+
+
+# ------------------------------------------------------------------ schedule and traces
+
+
+def test_detach_restores_the_optimizer_and_the_model(tiny_peft):
+    def trained(with_ogpsa):
+        torch.manual_seed(0)
+        model = tiny_peft(warm=True)
+        optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
+        if with_ogpsa:
+            ogpsa = OGPSA(model, optimizer, two_references())
+            ogpsa.detach()
+            ogpsa.detach()
+        for step in range(3):
+            training_step(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    plain, _ = trained(False)
+    detached, optimizer = trained(True)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert not any(m._forward_pre_hooks for m in detached.modules())
+    for a, b in zip(plain.parameters(), detached.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attached_without_effect_trains_identically(tiny_peft):
+    """A budget that is never reached leaves training bit for bit as it was, dropout and all."""
+
+    def trained(with_ogpsa):
+        torch.manual_seed(0)
+        model = tiny_peft(warm=True, lora_dropout=0.2).train()
+        optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
+        if with_ogpsa:
+            OGPSA(model, optimizer, two_references(loss="kl"), OGPSAConfig(budget=1e6))
+        for step in range(4):
+            training_step(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    for a, b in zip(trained(False).parameters(), trained(True).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_interval_schedule_with_early_refreshes(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    config = OGPSAConfig(
+        constraint="orthogonal",
+        rank=4,
+        refresh_every=6,
+        early_refreshes=(1, 3),
+        references_per_refresh=2,
+    )
+    refreshed = []
+    with OGPSA(model, optimizer, two_references(), config) as ogpsa:
+        for step in range(13):
+            training_step(model, step)
+            optimizer.step()
+            if "refresh_seconds" in ogpsa.pop_logs():
+                refreshed.append(step)
+    assert refreshed == [0, 1, 3, 6, 12]
+
+
+def test_streaming_takes_references_in_turn(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    seen = []
+    with OGPSA(model, optimizer, two_references()) as ogpsa:
+        for step in range(4):
+            training_step(model, step)
+            optimizer.step()
+            seen.append([key for key in ogpsa.pop_logs() if key.startswith("loss/")])
+    assert seen == [["loss/a"], ["loss/b"], ["loss/a"], ["loss/b"]]
+
+
+def test_streamed_mean_is_the_bias_corrected_average(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    config = OGPSAConfig(decay=0.5, references_per_refresh=2)
+    with OGPSA(model, optimizer, [token_reference("a", n=4)], config) as ogpsa:
+        fresh = []
+        gather = ogpsa.estimator.passes.run
+
+        def recorded(objective, examples, total, rows=None):
+            out = gather(objective, examples, total, rows)
+            fresh.append(total / len(examples))
+            return out
+
+        ogpsa.estimator.passes.run = recorded
+        for step in range(3):
+            training_step(model, step)
+            optimizer.step()
+    weights = torch.tensor([0.25, 0.5, 1.0])
+    expected = sum(w * g for w, g in zip(weights, fresh, strict=True)) / weights.sum()
+    torch.testing.assert_close(ogpsa.estimator.means[0], expected)
+
+
+def test_adaptive_refresh_keeps_a_basis_that_still_holds(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.0)
+    config = OGPSAConfig(
+        constraint="orthogonal",
+        rank=8,
+        refresh_every=1,
+        adaptive_threshold=0.5,
+        references_per_refresh=4,
+    )
+    one = [token_reference("a", n=1)]
+    with OGPSA(model, optimizer, one, config) as ogpsa:
+        training_step(model, 0)
+        optimizer.step()
+        drawn = ogpsa.estimator.drawn[0]
+        optimizer.step()
+        assert ogpsa.estimator.drawn[0] == drawn + 1
+
+
+def test_metric_follows_the_optimizer_state(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
+    with OGPSA(model, optimizer, two_references()) as ogpsa:
+        training_step(model, 0)
+        optimizer.step()
+        moments = [optimizer.state[p]["exp_avg_sq"].flatten() for p in ogpsa.space.parameters]
+        root = torch.cat(moments).double().sqrt()
+        scale = root.square().mean().sqrt()
+        expected = 1 / (root / scale + ogpsa.config.metric_damping)
+        torch.testing.assert_close(ogpsa.metric.latest.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd_momentum", "adamw8bit", "lion", "adafactor"])
+def test_metric_keeps_its_own_average_where_the_optimizer_has_none(tiny_peft, name):
+    model = tiny_peft(warm=True)
+    optimizer = OPTIMIZERS[name](adapter_parameters(model))
+    with OGPSA(model, optimizer, two_references()) as ogpsa:
+        training_step(model, 0)
+        optimizer.step()
+        grads = torch.cat([p.grad.flatten() for p in ogpsa.space.parameters])
+        torch.testing.assert_close(ogpsa.metric.own, grads.square() * 1e-3, rtol=1e-4, atol=0)
+
+
+def test_metric_knows_different_learning_rates(tiny_peft):
+    model = tiny_peft(warm=True)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named if "lora_A" in n], "lr": 1e-3},
+            {"params": [p for n, p in named if "lora_B" in n], "lr": 1.6e-2},
+        ]
+    )
+    with OGPSA(model, optimizer, two_references()) as ogpsa:
+        training_step(model, 0)
+        optimizer.step()
+        values = ogpsa.metric.latest.clone()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        equal = ogpsa.metric.update()
+        for name, (start, end) in ogpsa.space.spans().items():
+            factor = 1.0 if "lora_B" in name else 1 / 16
+            torch.testing.assert_close(values[start:end], equal[start:end] * factor)
+
+
+# ------------------------------------------------------------------ failing safe
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_too_coarse_for_exact_steps_are_warned_of(tiny_peft, caplog, dtype):
+    model = tiny_peft(warm=True)
+    for parameter in adapter_parameters(model):
+        parameter.data = parameter.data.to(dtype)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    OGPSA(model, optimizer, two_references())
+    assert ("LoRA weights are torch.bfloat16" in caplog.text) is (dtype == torch.bfloat16)
+
+
+def test_closure_is_refused(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    with (
+        OGPSA(model, optimizer, two_references()),
+        pytest.raises(ProjectionError, match="closure"),
+    ):
+        optimizer.step(lambda: None)
+
+
+def test_lbfgs_is_refused(tiny_peft):
+    model = tiny_peft(warm=True)
+    with pytest.raises(ProjectionError, match="LBFGS"):
+        OGPSA(model, torch.optim.LBFGS(adapter_parameters(model)), two_references())
+
+
+def test_optimizer_of_other_parameters_is_refused(tiny_peft):
+    model, other = tiny_peft(warm=True), tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(other), lr=0.01)
+    with pytest.raises(ProjectionError, match="does not hold `.*lora_A"):
+        OGPSA(model, optimizer, two_references())
+
+
+def test_optimizer_whose_step_does_nothing_is_refused(tiny_peft):
+    class Elsewhere(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.1})
+
+        def step(self, closure=None):
+            return None
+
+    model = tiny_peft(warm=True)
+    optimizer = Elsewhere(adapter_parameters(model))
+    with OGPSA(model, optimizer, two_references()):
+        training_step(model, 0)
+        with pytest.raises(ProjectionError, match="moved none"):
+            optimizer.step()
+
+
+def test_warm_up_from_a_zero_learning_rate_is_not_mistaken_for_that(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.0)
+    with OGPSA(model, optimizer, two_references()) as ogpsa:
+        training_step(model, 0)
+        optimizer.step()
+        assert ogpsa.steps == 1
+
+
+def test_freezing_mid_run_stops_the_run(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    with OGPSA(model, optimizer, two_references()):
+        training_step(model, 0)
+        optimizer.step()
+        adapter_parameters(model)[0].requires_grad_(False)
+        with pytest.raises(ProjectionError, match="was frozen after"):
+            optimizer.step()
+
+
+def test_swapping_parameters_in_the_optimizer_stops_the_run(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    with OGPSA(model, optimizer, two_references()):
+        training_step(model, 0)
+        optimizer.step()
+        group = optimizer.param_groups[0]
+        group["params"] = [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]
+        with pytest.raises(ProjectionError, match="does not hold"):
+            optimizer.step()
+
+
+def test_deleting_the_adapter_stops_the_run(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    with OGPSA(model, optimizer, two_references()):
+        training_step(model, 0)
+        model.delete_adapter("default")
+        with pytest.raises(AdapterError, match="is gone"):
+            optimizer.step()
+
+
+def test_step_without_any_gradient_stops_the_run(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    with (
+        OGPSA(model, optimizer, two_references()),
+        pytest.raises(ProjectionError, match="received a gradient"),
+    ):
+        optimizer.step()
+
+
+def test_nan_reference_stops_before_the_step(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    with OGPSA(model, optimizer, [token_reference("general")]) as ogpsa:
+        training_step(model, 0)
+        objective = ogpsa.estimator.objectives[0]
+        losses = objective.losses
+        objective.losses = lambda *a: tuple(part * float("nan") for part in losses(*a))
+        before = ogpsa.space.read()
+        with pytest.raises(ReferenceLossError, match="`general`.*The step was not taken"):
+            optimizer.step()
+        assert torch.equal(ogpsa.space.read(), before)
+        assert not ogpsa.estimator.means.any()
+
+
+def test_out_of_memory_halves_the_micro_batch_then_gives_up(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    config = OGPSAConfig(
+        constraint="orthogonal", rank=4, references_per_refresh=8, reference_batch_size=8
+    )
+    with OGPSA(model, optimizer, [token_reference("a", n=8)], config) as ogpsa:
+        objective = ogpsa.estimator.objectives[0]
+        losses, sizes, fits = objective.losses, [], [2]
+
+        def limited(model, indices):
+            sizes.append(len(indices))
+            if len(indices) > fits[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return losses(model, indices)
+
+        objective.losses = limited
+        training_step(model, 0)
+        optimizer.step()
+        assert sizes == [8, 4, 2, 2, 2, 2]
+        assert all(s.filled == 8 for s in ogpsa.estimator.sketches)
+        fits[0] = 0
+        with pytest.raises(ReferenceLossError, match="does not fit into memory"):
+            ogpsa.refresh()
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "named"),
+    [
+        (OGPSAConfig(), 0, "at least one reference"),
+        (OGPSAConfig(), 9, "at most 8"),
+        (OGPSAConfig(constraint="orthogonal", rank=2), 3, "`rank=2`"),
+        (
+            OGPSAConfig(constraint="orthogonal", references_per_refresh=2),
+            3,
+            "`references_per_refresh=2`",
+        ),
+    ],
+)
+def test_references_and_settings_must_fit(tiny_peft, config, count, named):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    references = [token_reference(f"r{i}", n=2) for i in range(count)]
+    with pytest.raises(ConfigError, match=named):
+        OGPSA(model, optimizer, references, config)
+
+
+def test_reference_names_must_differ(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    with pytest.raises(ConfigError, match="unique"):
+        OGPSA(model, optimizer, [token_reference("a"), token_reference("a")])

@@ -1,0 +1,227 @@
+"""Reference objectives: their rows, their losses, and the base model's own answers."""
+
+import json
+
+import pytest
+import torch
+from references import token_rows
+from torch.nn import functional
+
+from lora_ogpsa import Reference, default_references
+from lora_ogpsa.answers import base_mode, own_answers
+from lora_ogpsa.errors import ConfigError, DataError
+
+PROMPTS = [{"prompt": f"tell me about topic {i}"} for i in range(5)]
+PAIRS = [
+    {"prompt": f"question {i}", "chosen": "a good answer", "rejected": "a bad, longer answer"}
+    for i in range(3)
+]
+
+
+def answer_log_probs(model, prompt, answer):
+    """Log-probabilities [answer length, vocabulary] of one unpadded sequence."""
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def token_nll(model, prompt, answer):
+    scores = answer_log_probs(model, prompt, answer)
+    return -scores.gather(-1, torch.tensor(answer).unsqueeze(-1)).squeeze(-1)
+
+
+# ------------------------------------------------------------------ losses
+
+
+def test_sft_loss_is_the_answers_own_mean(tiny_peft):
+    model = tiny_peft(warm=True).eval()
+    objective = Reference("a", token_rows(5), loss="sft", first_tokens=None).prepare(model)
+    losses, excess = objective.losses(model, range(5))
+    for i, (prompt, answer) in enumerate(objective.sequences):
+        mean = token_nll(model, prompt, answer).mean()
+        torch.testing.assert_close(losses[i], mean)
+        with base_mode(model):
+            base = token_nll(model, prompt, answer).mean()
+        torch.testing.assert_close(excess[i], mean - base, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_first_tokens_are_mixed_in(tiny_peft, share):
+    model = tiny_peft(warm=True).eval()
+    reference = Reference("a", token_rows(4), loss="sft", first_tokens=3, first_tokens_weight=share)
+    objective = reference.prepare(model)
+    losses, _ = objective.losses(model, range(4))
+    for i, (prompt, answer) in enumerate(objective.sequences):
+        nll = token_nll(model, prompt, answer)
+        expected = (1 - share) * nll.mean() + share * nll[:3].mean()
+        torch.testing.assert_close(losses[i], expected)
+
+
+def test_kl_is_the_divergence_from_the_base(tiny_peft):
+    model = tiny_peft(warm=True).eval()
+    objective = Reference("a", token_rows(3), loss="kl", first_tokens=None).prepare(model)
+    losses, excess = objective.losses(model, range(3))
+    for i, (prompt, answer) in enumerate(objective.sequences):
+        current = answer_log_probs(model, prompt, answer)
+        with base_mode(model):
+            base = answer_log_probs(model, prompt, answer)
+        expected = (base.exp() * (base - current)).sum(-1).mean()
+        torch.testing.assert_close(losses[i], expected, rtol=1e-4, atol=1e-7)
+        assert excess[i] == losses[i] > 0
+
+
+def test_kl_of_an_untrained_adapter_is_zero_with_zero_gradient(tiny_peft):
+    model = tiny_peft()
+    objective = Reference("a", token_rows(3), loss="kl").prepare(model.eval())
+    losses, _ = objective.losses(model, range(3))
+    grads = torch.autograd.grad(
+        losses.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
+    )
+    assert losses.abs().max() < 1e-6
+    assert max(float(g.abs().max()) for g in grads if g is not None) < 1e-6
+
+
+def test_dpo_is_the_published_loss(tiny_peft, tiny_tokenizer):
+    model = tiny_peft(warm=True).eval()
+    objective = Reference("p", PAIRS, loss="dpo", beta=0.3).prepare(model, tiny_tokenizer)
+    assert len(objective) == 3
+    losses, excess = objective.losses(model, range(3))
+    for i in range(3):
+        ratios = []
+        for prompt, answer in objective.sequences[2 * i : 2 * i + 2]:
+            own = -token_nll(model, prompt, answer).sum()
+            with base_mode(model):
+                base = -token_nll(model, prompt, answer).sum()
+            ratios.append(own - base)
+        expected = -functional.logsigmoid(0.3 * (ratios[0] - ratios[1]))
+        torch.testing.assert_close(losses[i], expected, rtol=1e-4, atol=1e-6)
+        # the base model against itself is at log 2
+        torch.testing.assert_close(excess[i], expected - torch.tensor(2.0).log(), atol=1e-5, rtol=0)
+
+
+def test_an_example_scores_the_same_alone_and_in_a_batch(tiny_peft):
+    model = tiny_peft(warm=True).eval()
+    rows = token_rows(2, shortest=4, longest=5) + token_rows(2, seed=2, shortest=50, longest=60)
+    objective = Reference("a", rows, loss="kl").prepare(model)
+    together, _ = objective.losses(model, range(4))
+    for i in range(4):
+        alone, _ = objective.losses(model, [i])
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------ rows
+
+
+def test_text_rows_need_a_tokenizer(tiny_peft):
+    with pytest.raises(ConfigError, match="`own` holds text.*processing_class"):
+        Reference("own", PROMPTS).prepare(tiny_peft())
+
+
+def test_empty_reference_is_refused(tiny_peft):
+    with pytest.raises(DataError, match="`none` has no rows.*protects nothing"):
+        Reference("none", []).prepare(tiny_peft())
+    with pytest.raises(DataError, match="no rows of kind 'x'"):
+        Reference("none", PROMPTS, kind="x").prepare(tiny_peft())
+
+
+def test_sft_without_an_answer_is_refused_with_a_way_out(tiny_peft, tiny_tokenizer):
+    with pytest.raises(DataError, match=r"`a`.*needs rows with an answer.*\['prompt'\].*kl"):
+        Reference("a", PROMPTS, loss="sft").prepare(tiny_peft(), tiny_tokenizer)
+
+
+def test_unequal_ids_and_labels_are_refused(tiny_peft):
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2]}]
+    with pytest.raises(DataError, match="3 `input_ids` and 2 `labels`"):
+        Reference("a", rows, loss="sft").prepare(tiny_peft())
+
+
+def test_a_prompt_longer_than_the_limit_is_refused(tiny_peft, tiny_tokenizer):
+    rows = [{"prompt": "word " * 200}]
+    with pytest.raises(DataError, match="reference `long`"):
+        Reference("long", rows, max_length=32).prepare(tiny_peft(), tiny_tokenizer)
+
+
+def test_limit_draws_the_same_rows_every_time(tiny_peft):
+    rows = token_rows(50)
+    first, second, other = (
+        Reference("a", rows, loss="sft", limit=10, seed=seed).prepare(tiny_peft()).sequences
+        for seed in (1, 1, 2)
+    )
+    assert len(first) == 10
+    assert first == second != other
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"loss": "mse"}, "`loss`"),
+        ({"weight": 0}, "`weight`"),
+        ({"budget": -1}, "`budget`"),
+        ({"first_tokens": 0}, "`first_tokens`"),
+        ({"first_tokens_weight": 1.5}, "`first_tokens_weight`"),
+        ({"limit": 0}, "`limit`"),
+        ({"beta": -0.1}, "`beta`"),
+        ({"max_length": "long"}, "`max_length`"),
+    ],
+)
+def test_settings_are_checked_by_name(values, named):
+    with pytest.raises(ConfigError, match=f"`r`: {named}"):
+        Reference("r", [], **values)
+
+
+def test_default_references_are_the_embedded_prompts(tiny_peft, tiny_tokenizer):
+    references = default_references()
+    assert [r.name for r in references] == ["general", "lookalike"]
+    assert all(r.loss == "kl" and r.data == "embedded:harmless" for r in references)
+
+
+# ------------------------------------------------------------------ the base model's own answers
+
+
+def encoded(tokenizer):
+    return [tokenizer(row["prompt"])["input_ids"] for row in PROMPTS]
+
+
+def test_answers_are_the_base_models_and_greedy(tiny_peft, tiny_tokenizer):
+    model = tiny_peft(warm=True).train()
+    prompts = encoded(tiny_tokenizer)
+    answers = own_answers(model, tiny_tokenizer, prompts, max_new_tokens=4, batch_size=2)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = list(prompt)
+        for token in answer:
+            with torch.no_grad(), base_mode(model):
+                best = int(model.eval()(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            assert token == best
+            ids.append(token)
+
+
+def test_answers_are_kept_and_not_made_twice(tiny_peft, tiny_tokenizer, tmp_path, monkeypatch):
+    model = tiny_peft()
+    prompts = encoded(tiny_tokenizer)
+    kwargs = {"max_new_tokens": 4, "cache": tmp_path}
+    first = own_answers(model, tiny_tokenizer, prompts[:3], **kwargs)
+    (file,) = (tmp_path / "answers").glob("*.jsonl")
+    file.write_text(file.read_text() + '{"key": "torn')  # as an interruption leaves it
+    again = own_answers(model, tiny_tokenizer, prompts, **kwargs)
+    assert again[:3] == first
+    lines = [line for line in file.read_text().splitlines() if not line.endswith("torn")]
+    assert len({json.loads(line)["key"] for line in lines}) == 5
+    monkeypatch.setattr(model, "generate", None)
+    assert own_answers(model, tiny_tokenizer, prompts, **kwargs) == again
+
+
+def test_another_base_model_answers_for_itself(tiny_peft, tiny_model, tiny_tokenizer, tmp_path):
+    prompts = encoded(tiny_tokenizer)[:1]
+    kwargs = {"max_new_tokens": 4, "cache": tmp_path}
+    own_answers(tiny_peft(tiny_model(seed=1)), tiny_tokenizer, prompts, **kwargs)
+    own_answers(tiny_peft(tiny_model(seed=2)), tiny_tokenizer, prompts, **kwargs)
+    assert len(list((tmp_path / "answers").glob("*.jsonl"))) == 2
+
+
+def test_generation_leaves_no_trace(tiny_peft, tiny_tokenizer):
+    model = tiny_peft(warm=True, lora_dropout=0.2).train()
+    flags = [p.requires_grad for p in model.parameters()]
+    state = torch.get_rng_state()
+    own_answers(model, tiny_tokenizer, encoded(tiny_tokenizer), max_new_tokens=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == flags
