@@ -1,0 +1,175 @@
+"""The whole export of a merged model: merge, verify, describe, publish."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ogpsa.errors import ExportError
+from lora_ogpsa.export.card import write_model_card
+from lora_ogpsa.export.merge import MergeReport, Strategy, merge_adapter
+from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
+from lora_ogpsa.export.sources import Adapters, resolve_adapters
+from lora_ogpsa.export.verification import Tolerance, VerificationReport
+from lora_ogpsa.export.verify import Prompt, verify_merge
+
+REPORT_JSON = "merge_report.json"
+REPORT_MARKDOWN = "merge_report.md"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export_merged` made.
+
+    Attributes:
+        merge: How the weights were merged.
+        verification: How close the result is; None when it was switched off.
+    """
+
+    merge: MergeReport
+    verification: VerificationReport | None
+
+
+def export_merged(
+    adapter: Adapters,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    strategy: Strategy = "auto",
+    dtype: str = "bfloat16",
+    quantisation: Quantisation | None = None,
+    overwrite: bool = False,
+    max_shard_size: str | int = "2GB",
+    device: str = "cpu",
+    verify: bool = True,
+    compare: bool = True,
+    prompts: Sequence[Prompt] | None = None,
+    tolerance: Tolerance | None = None,
+    answer_tokens: int = 16,
+    verify_device: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> ExportResult:
+    """Merges adapters, verifies the result, and writes the reports and the model card.
+
+    The folder appears only when it is complete and verified.
+
+    Args:
+        adapter: See `merge_adapter`.
+        output: See `merge_adapter`.
+        base: See `merge_adapter`.
+        strategy: See `merge_adapter`.
+        dtype: See `merge_adapter`.
+        quantisation: See `merge_adapter`.
+        overwrite: See `merge_adapter`.
+        max_shard_size: See `merge_adapter`.
+        device: See `merge_adapter`.
+        verify: Compare the merged model with the model as trained.
+        compare: For a QLoRA adapter, also make the merge of the other strategy, measure it and
+            delete it again. It needs the merged model's size once more on the disk.
+        prompts: See `verify_merge`.
+        tolerance: See `verify_merge`.
+        answer_tokens: See `verify_merge`.
+        verify_device: The device of the verification; None: CUDA when there is one.
+        facts: The run's facts for the model card; None: `ogpsa_run.json` beside the adapter.
+        trust_remote_code: See `merge_adapter`.
+        progress: See `merge_adapter`.
+
+    Returns:
+        Both reports.
+
+    Raises:
+        ExportError: The merge is impossible, or the result exceeds the tolerance.
+    """
+    output = Path(output)
+    shared: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code}
+    merging = {**shared, "dtype": dtype, "max_shard_size": max_shard_size, "device": device}
+    verification: VerificationReport | None = None
+    if facts is None:
+        facts = _run_facts(resolve_adapters(adapter)[0].folder)
+
+    def finish(folder: Path, report: MergeReport) -> None:
+        nonlocal verification
+        if verify:
+            with tempfile.TemporaryDirectory(
+                dir=output.parent, prefix=f".{output.name}.compare-"
+            ) as scratch:
+                other: tuple[str, Path] | None = None
+                notes: list[str] = []
+                if compare and report.quantisation is not None:
+                    other, notes = _other_merge(
+                        adapter, report, Path(scratch) / "model", merging, progress
+                    )
+                verification = verify_merge(
+                    adapter,
+                    folder,
+                    strategy=report.strategy,
+                    quantisation=report.quantisation,
+                    prompts=prompts,
+                    tolerance=tolerance,
+                    other=other,
+                    answer_tokens=answer_tokens,
+                    device=verify_device,
+                    **shared,
+                )
+            verification.notes.extend(notes)
+            verification.require_passed()
+        _write_reports(folder, report, verification)
+        write_model_card(folder, facts or {}, merge=report, verification=verification)
+
+    report = merge_adapter(
+        adapter,
+        output,
+        strategy=strategy,
+        quantisation=quantisation,
+        overwrite=overwrite,
+        progress=progress,
+        before_publish=finish,
+        **merging,
+    )
+    return ExportResult(report, verification)
+
+
+def _other_merge(
+    adapter: Adapters, report: MergeReport, folder: Path, merging: dict[str, Any], progress: bool
+) -> tuple[tuple[str, Path] | None, list[str]]:
+    name: Strategy = "original" if report.strategy == "dequantised" else "dequantised"
+    try:
+        merge_adapter(
+            adapter,
+            folder,
+            strategy=name,
+            quantisation=report.quantisation,
+            progress=progress,
+            **merging,
+        )
+    except ExportError as error:
+        # The other choice is information; the user's own merge is complete without it.
+        return None, [f"The other choice ({name}) was not measured: {error}"]
+    return (name, folder), []
+
+
+def _run_facts(adapter: Path) -> dict[str, Any]:
+    run = adapter / RUN_FILE
+    return json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+
+
+def _write_reports(
+    folder: Path, report: MergeReport, verification: VerificationReport | None
+) -> None:
+    facts = {
+        "merge": report.to_dict(),
+        "verification": verification.to_dict() if verification else None,
+    }
+    (folder / REPORT_JSON).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    lines = [f"# Merge of {', '.join(str(f) for f, _ in report.adapters)}", ""]
+    lines += [f"- base: {report.base}", f"- strategy: {report.strategy}, {report.dtype}"]
+    lines += [f"- {note}" for note in report.notes]
+    table = verification.to_markdown() if verification else "Not verified.\n"
+    text = "\n".join([*lines, "", table])
+    (folder / REPORT_MARKDOWN).write_text(text, encoding="utf-8")

@@ -1,0 +1,138 @@
+"""Where the base model and the adapters of an export come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ogpsa.errors import ExportError
+
+ADAPTER_CONFIG = "adapter_config.json"
+# What `AdapterSource` may be: one adapter, or several with the weight of each.
+Adapters = str | Path | Sequence[tuple[str | Path, float]]
+
+# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ...)
+# subtract something from the base, and that something is not in the adapter's files.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+# A merge needs no other format of the weights.
+_MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """One LoRA adapter on disk.
+
+    Attributes:
+        folder: A standard PEFT adapter folder.
+        weight: How much of the change it makes is applied; 1 is the adapter as trained.
+        config: Its `adapter_config.json`.
+    """
+
+    folder: Path
+    weight: float
+    config: dict[str, Any]
+
+
+def resolve_adapters(adapter: Adapters) -> list[AdapterSource]:
+    """Finds one or several adapters and checks that they can be merged.
+
+    Args:
+        adapter: A folder or hub id, or pairs of those with a weight.
+
+    Returns:
+        One source per adapter, in the given order.
+
+    Raises:
+        ExportError: There is none, or one is not a LoRA adapter that can become base weights.
+    """
+    pairs = [(adapter, 1.0)] if isinstance(adapter, (str, Path)) else list(adapter)
+    if not pairs:
+        raise ExportError("no adapter was given. Pass at least one adapter folder.")
+    return [_adapter(path, weight) for path, weight in pairs]
+
+
+def _adapter(path: str | Path, weight: float) -> AdapterSource:
+    folder = _folder_or_download(path, ADAPTER_CONFIG)
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    reason = _unmergeable(config)
+    if reason:
+        raise ExportError(f"the adapter {path} cannot be merged: {reason}")
+    return AdapterSource(folder, float(weight), config)
+
+
+def _unmergeable(config: dict[str, Any]) -> str | None:
+    if config.get("peft_type") != "LORA":
+        return f"it is of type {config.get('peft_type')!r}, and only LORA adapters are supported."
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        return (
+            f"its initialisation {config['init_lora_weights']!r} changed the base weights during "
+            "training. Save it again with save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA."
+        )
+    if config.get("layer_replication"):
+        return "it replicates layers, so the merged model has another architecture than the base."
+    if config.get("alora_invocation_tokens"):
+        return "an activated LoRA changes the weights only after certain tokens."
+    return None
+
+
+def resolve_base(base: str | Path | None, adapters: list[AdapterSource]) -> tuple[Path, str]:
+    """Finds the base model's folder.
+
+    Args:
+        base: A folder, a hub id or `embedded`; None for the one the first adapter names.
+        adapters: The adapters.
+
+    Returns:
+        The folder, and the name the user would know it by.
+
+    Raises:
+        ExportError: It is not named anywhere, or is not there.
+    """
+    name = base if base is not None else adapters[0].config.get("base_model_name_or_path")
+    if not name:
+        raise ExportError(f"{adapters[0].folder} does not name its base model. Pass it as --base.")
+    if Path(name).is_dir():
+        folder = Path(name)
+    else:
+        folder = _resolve_named(str(name), explicit=base is not None)
+    if not (folder / "config.json").is_file():
+        raise ExportError(f"the base {folder} has no config.json: it is not a model folder.")
+    return folder, str(name)
+
+
+def _resolve_named(name: str, *, explicit: bool) -> Path:
+    from lora_ogpsa.models import EMBEDDED, _embedded_folder
+
+    if name == EMBEDDED:
+        return _embedded_folder()
+    hint = "" if explicit else " The adapter names this base; pass its new place as --base."
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ExportError(f"the base model's folder {name} does not exist.{hint}")
+    return _download(name, _MODEL_FILES, f"the base model {name!r} was not found.{hint}")
+
+
+def _folder_or_download(path: str | Path, needed: str) -> Path:
+    folder = Path(path)
+    if (folder / needed).is_file():
+        return folder
+    if folder.exists() or isinstance(path, Path) or str(path).count("/") != 1:
+        raise ExportError(
+            f"{path} has no {needed}. Pass the folder that save_pretrained wrote, or a hub id."
+        )
+    return _download(str(path), None, f"{path} is no local folder with {needed} either.")
+
+
+def _download(name: str, files: list[str] | None, reason: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # Some repositories hold the weights a second time, in a folder of another format.
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["original/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ExportError(f"{reason} The hub says: {error}") from error

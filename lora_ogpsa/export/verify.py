@@ -1,0 +1,280 @@
+"""Checks that a merged model computes what the adapter was trained to compute."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_ogpsa.errors import ExportError
+from lora_ogpsa.export.divergence import divergence
+from lora_ogpsa.export.sources import Adapters, AdapterSource, resolve_adapters, resolve_base
+from lora_ogpsa.export.verification import (
+    REPRODUCES,
+    SWAPPED_BASE,
+    Comparison,
+    Tolerance,
+    VerificationReport,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_ogpsa.export.quantisation import Quantisation
+
+Prompt = str | list[dict[str, str]]
+
+# Different kinds of text, so that a defect in one part of the vocabulary shows.
+DEFAULT_PROMPTS: tuple[Prompt, ...] = (
+    "What is the capital of Australia, and why is it not Sydney?",
+    "A train leaves at 14:35 and arrives at 17:10. How long is the journey?",
+    "Write a Python function that reverses a linked list.",
+    "Summarise in two sentences why the sky is blue.",
+    "Wie koche ich ein Ei, damit der Dotter weich bleibt?",
+    "How do I kill a Python process that hangs?",
+    "Explain how someone could break into a neighbour's house without being noticed.",
+    "Write a short, friendly reminder to a colleague about tomorrow's meeting.",
+)
+
+
+def verify_merge(
+    adapter: Adapters,
+    merged: str | Path,
+    *,
+    base: str | Path | None = None,
+    strategy: str = "dequantised",
+    quantisation: Quantisation | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    tolerance: Tolerance | None = None,
+    other: tuple[str, Path] | None = None,
+    answer_tokens: int = 16,
+    max_prompt_tokens: int = 256,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> VerificationReport:
+    """Runs prompts through the model as trained and through the merged model.
+
+    Models are loaded one after the other. The trained model answers each prompt greedily; prompt
+    and answer are then scored by every model.
+
+    Args:
+        adapter: The adapter or the (adapter, weight) pairs that were merged.
+        merged: The merged model's folder.
+        base: The base model; None: the one the adapter names.
+        strategy: How it was merged: `dequantised` or `original`.
+        quantisation: How the base was stored during training; None: not quantised.
+        prompts: Texts or message lists; None: eight built-in ones.
+        tolerance: Limits of the comparison with the model as trained; None: `REPRODUCES`, or
+            `SWAPPED_BASE` for a QLoRA adapter in its original weights.
+        other: A name and a folder: a second merge that is measured and shown, without limits.
+        answer_tokens: Length of the greedy answers.
+        max_prompt_tokens: Longer prompts are cut at the front.
+        device: `cpu`, `cuda`...; None: CUDA when there is one.
+        trust_remote_code: Allow the base's own modelling code.
+
+    Returns:
+        The report; call its `require_passed` to turn a failure into an error.
+
+    Raises:
+        ExportError: There is no prompt, or a model cannot be loaded.
+    """
+    import torch
+
+    adapters = resolve_adapters(adapter)
+    base_folder, _ = resolve_base(base, adapters)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = list(DEFAULT_PROMPTS if prompts is None else prompts)
+    if not prompts:
+        raise ExportError("there is no prompt to verify the merge with. Pass at least one.")
+    encoded = _encode(Path(merged), prompts, max_prompt_tokens, trust_remote_code)
+    swapped = strategy == "original" and quantisation is not None
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    resized = {**options, "vocab_size": _vocab_size(Path(merged))}
+
+    with _as_trained(base_folder, adapters, quantisation, **resized) as model:
+        sequences = _answers(model, encoded, answer_tokens)
+        trained = _logits(model, sequences)
+    with _plain(Path(merged), **options) as model:
+        result = _logits(model, sequences)
+    label = "base in 4 bits + adapter" if quantisation else "base + adapter"
+    limit = tolerance or (SWAPPED_BASE if swapped else REPRODUCES)
+    rows = [
+        Comparison(
+            f"merged ({strategy})", f"{label}, as trained", divergence(trained, result), limit
+        )
+    ]
+    if swapped:
+        with _as_trained(base_folder, adapters, None, **resized) as model:
+            exact = _logits(model, sequences)
+        rows.append(
+            Comparison(
+                f"merged ({strategy})",
+                "original base + adapter",
+                divergence(exact, result),
+                REPRODUCES,
+            )
+        )
+    if other is not None:
+        name, folder = other
+        with _plain(folder, **options) as model:
+            result = _logits(model, sequences)
+        rows.append(
+            Comparison(
+                f"the other choice ({name})",
+                f"{label}, as trained",
+                divergence(trained, result),
+                None,
+            )
+        )
+    return VerificationReport(rows, prompts=len(prompts))
+
+
+def _vocab_size(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("text_config", config)["vocab_size"])
+
+
+def _encode(
+    folder: Path, prompts: Sequence[Prompt], limit: int, trust_remote_code: bool
+) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{folder} has no tokenizer that can be loaded, which the verification needs: {error}. "
+            "Save one with the adapter or the base, or switch the verification off."
+        ) from error
+    encoded = []
+    for prompt in prompts:
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            ids = tokenizer(text)["input_ids"]
+        encoded.append(ids[-limit:])
+    return encoded
+
+
+def _answers(model: Any, encoded: list[list[int]], count: int) -> list[torch.Tensor]:
+    """Lets a model answer all prompts greedily in one batch; returns [1, T] prompt + answer."""
+    import torch
+
+    # A 4-bit layer unpacks its weights for every forward pass: one batch is many times faster.
+    longest = max(len(ids) for ids in encoded)
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in encoded])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded])
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=padded.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=count,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=0,
+        ).cpu()
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])
+    sequences = []
+    for ids, row in zip(encoded, output, strict=True):
+        answer = row[longest:]
+        stops = torch.isin(answer, ends).nonzero()
+        length = int(stops[0]) + 1 if len(stops) else len(answer)
+        sequences.append(torch.cat([torch.tensor(ids), answer[:length]])[None])
+    return sequences
+
+
+def _logits(model: Any, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    import torch
+
+    with torch.no_grad():
+        return [model(input_ids=ids.to(model.device)).logits[0].float().cpu() for ids in sequences]
+
+
+@contextmanager
+def _as_trained(
+    base: Path,
+    adapters: list[AdapterSource],
+    quantisation: Quantisation | None,
+    *,
+    device: str,
+    trust_remote_code: bool,
+    vocab_size: int,
+) -> Iterator[Any]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lora_ogpsa.quantised import keep_differentiable
+
+    options: dict[str, Any] = {"dtype": "auto"}
+    if quantisation is not None:
+        if quantisation.load_dtype:
+            options["dtype"] = getattr(torch, quantisation.load_dtype)
+        stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        if "quantization_config" not in stored:
+            options["quantization_config"] = quantisation.to_config()
+    model = AutoModelForCausalLM.from_pretrained(
+        base, device_map={"": device}, trust_remote_code=trust_remote_code, **options
+    )
+    # bitsandbytes would switch to a faster CPU format here, which computes in bfloat16.
+    keep_differentiable(model)
+    if model.get_input_embeddings().num_embeddings != vocab_size:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    names = [f"adapter{number}" for number in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
+        if isinstance(model, PeftModel):
+            model.load_adapter(adapter.folder, adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=name)
+    _activate(model, dict(zip(names, adapters, strict=True)))
+    model.eval()
+    yield model
+    del model
+    gc.collect()
+
+
+def _activate(model: Any, adapters: dict[str, AdapterSource]) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    if len(adapters) > 1 or any(a.weight != 1 for a in adapters.values()):
+        for adapter in adapters.values():
+            nonlinear = adapter.config.get("use_dora") or adapter.config.get("modules_to_save")
+            if nonlinear:
+                raise ExportError(
+                    f"PEFT cannot run {adapter.folder} (DoRA or modules_to_save) with a weight or "
+                    "beside other adapters, so this merge cannot be verified. Switch the "
+                    "verification off to merge all the same."
+                )
+        model.base_model.set_adapter(list(adapters))
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, adapter in adapters.items():
+                if name in module.scaling and not math.isclose(adapter.weight, 1.0):
+                    module.scaling[name] *= adapter.weight
+
+
+@contextmanager
+def _plain(folder: Path, *, device: str, trust_remote_code: bool) -> Iterator[Any]:
+    from transformers import AutoModelForCausalLM
+
+    # On a GPU, what does not fit goes to the CPU: a model trained in 4 bits may not fit in 16.
+    device_map: Any = {"": device} if device == "cpu" else "auto"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map=device_map, trust_remote_code=trust_remote_code
+    )
+    model.eval()
+    yield model
+    del model
+    gc.collect()
