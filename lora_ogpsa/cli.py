@@ -1,0 +1,294 @@
+"""`lora-ogpsa`: the command line. Heavy imports happen inside the commands, so help is quick."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from lora_ogpsa.errors import OGPSAError
+
+FAILED, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="lora-ogpsa",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help=(
+        "Safety-align chat models with LoRA or QLoRA without paying the alignment tax.\n\n"
+        "Try it on the small model that comes with the package: "
+        "`lora-ogpsa run recipes/quickstart.yaml`"
+    ),
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Threads that spin while they wait for one another make a CPU that is shared with other work
+    # three to fifteen times slower. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app()
+
+
+def _one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn foreseen failures into one line on standard error; others keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except OGPSAError as error:
+            _fail(str(error))
+        except KeyboardInterrupt as error:
+            typer.echo(str(error) or "interrupted. Nothing was saved.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            reason = _foreseen(error)
+            if reason is None:
+                raise
+            _fail(reason)
+
+    return wrapped
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(FAILED) from None
+
+
+def _foreseen(error: BaseException) -> str | None:
+    """What went wrong, if it is the machine's limits; libraries wrap these in errors of theirs."""
+    for cause in _chain(error):
+        text = str(cause)
+        full = getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in text
+        # torch.save hides the cause and complains about its own file positions.
+        if full or "inline_container.cc" in text:
+            return (
+                f"the disk is full ({getattr(cause, 'filename', None) or 'while writing results'})."
+                " What was finished before is intact. Free some space and repeat the command with "
+                "--resume, or choose another --output-dir."
+            )
+        if type(cause).__name__ == "OutOfMemoryError":
+            return (
+                "out of memory. Lower `per_device_train_batch_size` or `max_length`, set "
+                "`gradient_checkpointing: true`, or load the model with `load_in_4bit: true`."
+            )
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@app.command()
+@_one_line_errors
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; docs/recipes.md explains its keys.")],
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A few steps and prompts, to see that it all works.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and the memory it needs; do nothing.")
+    ] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where results go, instead of the recipe's `output_dir`.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the results of an earlier run first.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
+    ] = False,
+) -> None:
+    """Align a model as a recipe says: evaluate, train, evaluate, merge, report.
+
+    For example:
+
+        lora-ogpsa run recipes/quickstart.yaml
+
+        lora-ogpsa run recipes/quickstart.yaml --set max_steps=20 --set ogpsa.budget=0.05
+
+        lora-ogpsa run recipes/llama3_8b_sft_24gb.yaml --dry-run
+    """
+    if overwrite and resume:
+        _fail("--overwrite deletes the run that --resume goes on with. Pass one of them.")
+    if dry_run:
+        # A plan downloads nothing; read when the libraries are imported.
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    from lora_ogpsa.quiet import quiet_libraries
+
+    quiet_libraries()
+    from lora_ogpsa.console import out
+    from lora_ogpsa.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides=changes or (), smoke=smoke, output_dir=output_dir)
+    if dry_run:
+        from lora_ogpsa.plan import make_plan, render
+
+        out.print(render(make_plan(checked)), soft_wrap=True)
+        return
+    from lora_ogpsa.run import run as run_recipe
+
+    run_recipe(checked, overwrite=overwrite, resume=resume)
+
+
+@app.command()
+@_one_line_errors
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Adapter folder, model folder, hub id, `embedded`.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Measure what this recipe's `evaluation:` section says.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most prompts per measure.")] = None,
+    load_in_4bit: Annotated[
+        bool | None,
+        typer.Option(help="Load the base in 4 bits; for an adapter of ours, as in its training."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the results as JSON.")] = None,
+) -> None:
+    """Measure safety, over-refusal, utility and divergence; an adapter beside its base.
+
+    For example:
+
+        lora-ogpsa evaluate outputs/quickstart/adapter
+
+        lora-ogpsa evaluate outputs/quickstart/merged --limit 40 --output merged.json
+    """
+    from lora_ogpsa.quiet import quiet_libraries
+
+    quiet_libraries()
+    from lora_ogpsa.console import out
+    from lora_ogpsa.measure import measure_model
+    from lora_ogpsa.results import results_table
+
+    columns = measure_model(model, recipe=recipe, limit=limit, load_in_4bit=load_in_4bit)
+    out.print(results_table(columns))
+    if output is not None:
+        list(columns.values())[-1].save(output)
+
+
+@app.command()
+@_one_line_errors
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the merged model.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if not the one that the adapter names.")
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(help="`dequantised` weights as trained on, `original` weights, or `auto`."),
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="`bfloat16`, `float16`, `float32`, or `auto`.")
+    ] = "bfloat16",
+    verify: Annotated[
+        bool, typer.Option(help="Compare the merged model with the model as trained.")
+    ] = True,
+    compare: Annotated[
+        bool, typer.Option(help="Also measure the other strategy of merging a QLoRA adapter.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier one.")] = False,
+) -> None:
+    """Merge an adapter into its base as a plain 16-bit model, and check that it answers the same.
+
+    For example:
+
+        lora-ogpsa merge outputs/quickstart/adapter aligned-model
+
+        lora-ogpsa merge my-adapter aligned-model --base meta-llama/Llama-3.1-8B-Instruct
+    """
+    from lora_ogpsa.quiet import quiet_libraries
+
+    quiet_libraries()
+    from lora_ogpsa.console import err, out
+    from lora_ogpsa.export import export_merged
+
+    found = export_merged(
+        adapter,
+        output,
+        base=base,
+        strategy=strategy,  # type: ignore[arg-type]  # checked there, with its own message
+        dtype=dtype,
+        verify=verify,
+        compare=compare,
+        overwrite=overwrite,
+        progress=err.is_terminal,
+    )
+    if found.verification is not None:
+        out.print(found.verification.to_markdown(), markup=False, soft_wrap=True)
+    typer.echo(f"merged model: {output}", err=True)
+
+
+@app.command()
+@_one_line_errors
+def export(
+    model: Annotated[Path, typer.Argument(help="Merged model's folder, or an adapter's.")],
+    output: Annotated[Path, typer.Argument(help="GGUF file to write.")],
+    type: Annotated[
+        str | None, typer.Option(help="Such as `q8_0` (a model) or `f16` (an adapter).")
+    ] = None,
+    modelfile: Annotated[
+        bool, typer.Option("--modelfile", help="Write an Ollama Modelfile beside a model.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier files.")] = False,
+) -> None:
+    """Write a model or an adapter as GGUF, for llama.cpp and Ollama.
+
+    For example:
+
+        lora-ogpsa export outputs/quickstart/merged aligned.gguf --type q8_0 --modelfile
+
+        lora-ogpsa export outputs/quickstart/adapter aligned-adapter.gguf
+    """
+    from lora_ogpsa.quiet import quiet_libraries
+
+    quiet_libraries()
+    from lora_ogpsa.console import err
+    from lora_ogpsa.export import export_gguf, export_lora_gguf, write_modelfile
+
+    if (model / "adapter_config.json").is_file():
+        if modelfile:
+            _fail("--modelfile needs a merged model's folder. Merge first: lora-ogpsa merge.")
+        export_lora_gguf(model, output, type=type or "f16", overwrite=overwrite)
+    else:
+        bars = err.is_terminal
+        export_gguf(model, output, type=type or "q8_0", overwrite=overwrite, progress=bars)
+        if modelfile:
+            written = write_modelfile(model, output, overwrite=overwrite)
+            typer.echo(f"Modelfile: {written}", err=True)
+    typer.echo(f"GGUF: {output}", err=True)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of this library and of those it works on.
+
+    For example:
+
+        lora-ogpsa version
+    """
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    from lora_ogpsa import __version__
+
+    typer.echo(f"lora-ogpsa {__version__}")
+    for library in ("torch", "transformers", "peft", "trl", "bitsandbytes"):
+        try:
+            typer.echo(f"{library} {installed(library)}")
+        except PackageNotFoundError:
+            typer.echo(f"{library} is missing")

@@ -1,0 +1,193 @@
+"""How much memory a recipe needs, from the model's configuration alone (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.recipe import Recipe, Stage
+from lora_ogpsa.reference import Reference
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes of optimizer state per trained parameter; what is not listed is taken for AdamW.
+_OPTIMIZER_BYTES = (("8bit", 2.0), ("sgd", 0.0), ("adafactor", 0.1), ("lion", 4.0))
+# An 8B Llama with rank 16 on all linear layers, from which an unknown model is scaled.
+_KNOWN_BASE, _KNOWN_ADAPTER, _KNOWN_RANK = 8.0e9, 42e6, 16
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a base model and of the adapter a recipe puts on it.
+
+    Args:
+        parameters: of the base.
+        quantised: those that 4-bit loading packs.
+        adapter: trained parameters, d in DESIGN.
+        layers: transformer blocks; 0 if unknown.
+        hidden: width; 0 if unknown.
+        vocabulary: size; 0 if unknown.
+        dtype: of the base's weights.
+        note: how the sizes were found, if not from the model's configuration.
+    """
+
+    parameters: int
+    quantised: int
+    adapter: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    dtype: str
+    note: str = ""
+
+
+def model_size(recipe: Recipe) -> ModelSize | None:
+    """Sizes from the configuration, without reading weights; nothing is downloaded.
+
+    Returns:
+        The sizes; scaled from the billions in the model's name if only that is known; ``None``
+        if not even that.
+    """
+    config = _local_config(recipe.model["model_name_or_path"])
+    return _from_name(recipe) if config is None else _from_config(recipe, config)
+
+
+def _local_config(name: str) -> Any | None:
+    from transformers import AutoConfig
+
+    from lora_ogpsa import models
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": name}
+    if name == models.EMBEDDED:
+        gguf = models._embedded_gguf()
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    try:
+        return AutoConfig.from_pretrained(local_files_only=True, **source)
+    except (OSError, ValueError):
+        return None
+
+
+def _from_config(recipe: Recipe, config: Any) -> ModelSize:
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from lora_ogpsa.models import EMBEDDED
+    from lora_ogpsa.stages import lora_config
+
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        parameters = sum(p.numel() for p in model.parameters())
+        linear = sum(
+            m.weight.numel()
+            for m in model.modules()
+            if isinstance(m, torch.nn.Linear) and m is not head
+        )
+        adapted = get_peft_model(model, lora_config(recipe))
+    dtype = recipe.model["dtype"]
+    if dtype in (None, "auto"):
+        embedded = recipe.model["model_name_or_path"] == EMBEDDED
+        stored = "float32" if embedded else str(config.dtype or "bfloat16")
+        dtype = stored.removeprefix("torch.")
+    text = config.get_text_config()
+    return ModelSize(
+        parameters=parameters,
+        quantised=linear,
+        adapter=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        dtype=dtype,
+    )
+
+
+def _from_name(recipe: Recipe) -> ModelSize | None:
+    """Rough sizes: parameters from the name, the adapter scaled from a model that is known."""
+    found = re.search(
+        r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", recipe.model["model_name_or_path"], re.I
+    )
+    if found is None:
+        return None
+    parameters = float(found.group(1)) * (1e9 if found.group(2).lower() == "b" else 1e6)
+    # A base grows with depth times width squared, an adapter with depth times width.
+    scale = (parameters / _KNOWN_BASE) ** (2 / 3) * recipe.model["lora_r"] / _KNOWN_RANK
+    dtype = recipe.model["dtype"]
+    return ModelSize(
+        parameters=int(parameters),
+        quantised=int(0.87 * parameters),
+        adapter=int(_KNOWN_ADAPTER * scale),
+        layers=0,
+        hidden=0,
+        vocabulary=0,
+        dtype=dtype if dtype in _DTYPE_BYTES else "bfloat16",
+        note="roughly, from the model's name: its configuration is not on this machine",
+    )
+
+
+def estimate(recipe: Recipe, stage: Stage, size: ModelSize, tokens: int) -> dict[str, float]:
+    """Bytes on the training device by what they hold.
+
+    Args:
+        recipe: the recipe.
+        stage: one of its stages.
+        size: of the model.
+        tokens: of a training row.
+    """
+    per = _DTYPE_BYTES.get(size.dtype, 2)
+    base = float(size.parameters * per)
+    if recipe.model["load_in_4bit"]:
+        # 64 weights share a scale: 4 bytes, or 1 byte and 4 bytes per 256 scales.
+        scale = 1 + 4 / 256 if recipe.model["use_bnb_nested_quant"] else 4
+        base = size.quantised * (0.5 + scale / 64) + (size.parameters - size.quantised) * per
+    optim = str(getattr(stage.argument("optim"), "value", stage.argument("optim"))).lower()
+    state = next((b for name, b in _OPTIMIZER_BYTES if name in optim), 8.0)
+    found = {
+        "base weights": base,
+        "adapter and its gradient (float32)": 8.0 * size.adapter,
+        f"optimizer state ({optim})": state * size.adapter,
+    }
+    if stage.ogpsa is not None:
+        found["OGPSA"] = ogpsa_bytes(stage.ogpsa, len(stage.references), size.adapter)
+    if size.layers:
+        found["activations, roughly"] = _activations(stage, size, tokens)
+    return found
+
+
+def ogpsa_bytes(config: OGPSAConfig, references: int, d: int) -> float:
+    """What OGPSA keeps: mean rows and work space, and for bases their rows and sketches.
+
+    Args:
+        config: the settings.
+        references: how many, K.
+        d: trained parameters.
+    """
+    found = 4.0 * (references + 3) * d
+    if config.constraint == "orthogonal":
+        found += config.rank * d * _DTYPE_BYTES[config.basis_dtype]
+        if config.rows == "examples":
+            found += 2 * (config.sketch_size or 2 * config.rank) * d * 4
+    return found
+
+
+def _activations(stage: Stage, size: ModelSize, tokens: int) -> float:
+    rows = stage.argument("per_device_train_batch_size") * (2 if stage.trainer == "dpo" else 1)
+    checkpointed = stage.argument("gradient_checkpointing")
+    per = 2 if stage.argument("bf16") is not False or stage.argument("fp16") else 4
+    # Korthikanti et al. 2022: 34 bytes per token, layer and unit of width in 16 bits.
+    layer = 17 * per * rows * tokens * size.hidden
+    found = layer + per * rows * tokens * size.hidden * size.layers
+    if not checkpointed:
+        found = layer * size.layers
+    return float(found + max([_reference_logits(stage, r, size) for r in stage.references] or [0]))
+
+
+def _reference_logits(stage: Stage, reference: Reference, size: ModelSize) -> int:
+    """A reference pass holds the base's and its own log-probabilities and their gradient."""
+    if stage.ogpsa is None:
+        return 0
+    rows = min(stage.ogpsa.reference_batch_size, stage.ogpsa.references_per_refresh or 1)
+    return 3 * 4 * rows * reference.max_new_tokens * size.vocabulary

@@ -1,0 +1,282 @@
+"""`--dry-run`: what a recipe would do, and what it would cost, without doing it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_ogpsa import data
+from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.errors import DataError
+from lora_ogpsa.memory import ModelSize, estimate, model_size
+from lora_ogpsa.recipe import Recipe, Stage
+from lora_ogpsa.reference import Reference
+from lora_ogpsa.stage_data import checked_rows
+
+# Where no tokenizer is at hand.
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass
+class StagePlan:
+    """What a stage would do.
+
+    Args:
+        stage: the stage.
+        rows: training rows; ``None`` if the data are not on this machine.
+        tokens: of an average row, prompt and answer; the limit on length if that is unknown.
+        steps: optimizer steps; ``None`` if that depends on unknown data.
+        batch: rows per step.
+        overhead: cost of the reference passes as a share of training; ``None`` without OGPSA.
+        notes: what could not be found out.
+    """
+
+    stage: Stage
+    rows: int | None
+    tokens: int
+    steps: int | None
+    batch: int
+    overhead: float | None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """What a recipe would do.
+
+    Args:
+        recipe: the recipe.
+        size: of the model; ``None`` if nothing is known about it.
+        stages: one plan each.
+    """
+
+    recipe: Recipe
+    size: ModelSize | None
+    stages: list[StagePlan]
+
+    def memory(self) -> dict[str, float]:
+        """Bytes by what they hold, of the stage that needs most."""
+        if self.size is None:
+            return {}
+        found = [estimate(self.recipe, p.stage, self.size, p.tokens) for p in self.stages]
+        return max(found, key=lambda parts: sum(parts.values()))
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Resolve what can be resolved on this machine, and check the rows that are here.
+
+    Raises:
+        DataError: a row that is here cannot be trained on.
+    """
+    tokenizer = _local_tokenizer(recipe)
+    return Plan(recipe, model_size(recipe), [_stage_plan(s, tokenizer) for s in recipe.stages])
+
+
+def _local_tokenizer(recipe: Recipe) -> Any | None:
+    from transformers import AutoTokenizer
+
+    from lora_ogpsa.models import EMBEDDED
+
+    if recipe.model["model_name_or_path"] == EMBEDDED:
+        return None  # reading it out of the GGUF file takes longer than all the rest
+    try:
+        return AutoTokenizer.from_pretrained(
+            recipe.model["model_name_or_path"], local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _stage_plan(stage: Stage, tokenizer: Any | None) -> StagePlan:
+    notes: list[str] = []
+    batch = stage.argument("per_device_train_batch_size")
+    batch *= stage.argument("gradient_accumulation_steps")
+    longest = stage.argument("max_length") or 1024
+    rows, tokens = None, longest
+    if _is_here(stage.dataset_name):
+        texts = _training_texts(stage, tokenizer)
+        rows = len(texts)
+        tokens = min(longest, _mean_tokens(texts, tokenizer))
+    else:
+        notes.append(
+            f"{stage.dataset_name} is not on this machine; its rows are taken to have "
+            f"{longest} tokens"
+        )
+    steps = stage.argument("max_steps")
+    if steps is None or steps <= 0:
+        known = stage.dataset_limit if rows is None else rows
+        epochs = stage.argument("num_train_epochs")
+        steps = None if known is None else math.ceil(math.ceil(known / batch) * epochs)
+    overhead = None
+    if stage.ogpsa is not None:
+        overhead = _overhead(stage.ogpsa, stage.references, batch * tokens, tokenizer, notes)
+    return StagePlan(stage, rows, tokens, steps, batch, overhead, notes)
+
+
+def _is_here(name: str) -> bool:
+    """Whether `name` is a local data set, or a path that should be one."""
+    path = Path(name).expanduser()
+    is_path = path.is_absolute() or name.startswith(".") or path.suffix in data.FILE_TYPES
+    return name.startswith("embedded:") or path.exists() or is_path
+
+
+def _training_texts(stage: Stage, tokenizer: Any | None) -> list[str]:
+    rows = checked_rows(stage, tokenizer)
+    sides = ["chosen", "rejected"] if "chosen" in rows[0] else ["completion"]
+    if stage.rejected == "base":
+        sides *= 2  # the rejected side takes the model to make, and is about as long
+    return [
+        " ".join(t["content"] for side in ("prompt", *sides) for t in row[side]) for row in rows
+    ]
+
+
+def _overhead(
+    config: OGPSAConfig,
+    references: tuple[Reference, ...],
+    trained: int,
+    tokenizer: Any | None,
+    notes: list[str],
+) -> float:
+    """n_ref · T_ref / (refresh_every · batch · T), DESIGN section 6."""
+    lengths = []
+    for reference in references:
+        length = reference.max_new_tokens
+        if _is_here(str(reference.data)):
+            try:
+                rows = data.load_rows(reference.data, split=reference.split)[:200]
+                texts = [" ".join(t["content"] for t in data.as_messages(r)[0]) for r in rows]
+                length += _mean_tokens(texts, tokenizer)
+            except DataError as error:
+                raise DataError(f"reference `{reference.name}`: {error}") from error
+        else:
+            length = reference.max_length
+            notes.append(f"{reference.data} is not on this machine; reference lengths are guessed")
+        lengths.append(min(reference.max_length, length))
+    mean = sum(lengths) / len(lengths)
+    return (config.references_per_refresh or 1) * mean / ((config.refresh_every or 1) * trained)
+
+
+def _mean_tokens(texts: list[str], tokenizer: Any | None) -> int:
+    if tokenizer is None:
+        characters = sum(map(len, texts)) / len(texts)
+        return max(1, round(characters / _CHARACTERS_PER_TOKEN))
+    sample = texts[:: max(1, len(texts) // 200)]
+    counts = [len(ids) for ids in tokenizer(sample)["input_ids"]]
+    return max(1, round(sum(counts) / len(counts)))
+
+
+# ------------------------------------------------------------------------------------ rendering
+
+
+def render(plan: Plan) -> RenderableType:
+    """The plan as text and tables."""
+    recipe, model = plan.recipe, plan.recipe.model
+    bits = "4-bit " + model["bnb_4bit_quant_type"].upper() if model["load_in_4bit"] else "16/32-bit"
+    parts: list[RenderableType] = [
+        Text(f"Plan of {recipe.source}", style="bold"),
+        Text(
+            f"model     {model['model_name_or_path']}, {bits}, LoRA rank {model['lora_r']} on "
+            f"{model['lora_target_modules']}"
+        ),
+        Text(f"output    {recipe.output_dir}"),
+        Text(
+            f"runs      {' and '.join(recipe.arms)}"
+            + (f"; merged in {recipe.merge}" if recipe.merge else "")
+        ),
+    ]
+    if recipe.evaluation is not None:
+        measures = ", ".join(
+            f"{name} on {spec.data or ', '.join(spec.tasks)}"
+            + (f" (first {limit})" if (limit := spec.limit or recipe.evaluation.limit) else "")
+            for name, spec in recipe.evaluation.measures.items()
+        )
+        parts.append(Text(f"measures  {measures}"))
+    for stage in plan.stages:
+        parts += _stage_lines(stage)
+    parts += _memory_lines(plan)
+    return Group(*parts)
+
+
+def _stage_lines(plan: StagePlan) -> list[RenderableType]:
+    stage = plan.stage
+    lines = [Text(f"\nStage {stage.name}", style="bold")]
+    unknown = f"up to {stage.dataset_limit}" if stage.dataset_limit else "an unknown number of"
+    rows = unknown if plan.rows is None else str(plan.rows)
+    steps = "an unknown number of" if plan.steps is None else str(plan.steps)
+    lines.append(Text(f"data      {stage.dataset_name}: {rows} rows of about {plan.tokens} tokens"))
+    total = "" if plan.steps is None else f", {plan.steps * plan.batch * plan.tokens:,} tokens"
+    lines.append(
+        Text(
+            f"training  {stage.trainer.upper()}, {steps} steps of {plan.batch} rows{total}, "
+            f"learning rate {stage.argument('learning_rate'):g}"
+        )
+    )
+    if stage.rejected == "base":
+        lines.append(Text("pairs     chosen: the data's answers; rejected: the base model's own"))
+    if stage.ogpsa is None:
+        lines.append(Text("OGPSA     off"))
+    else:
+        settings = ", ".join(f"{k}={v}" for k, v in shown_settings(stage.ogpsa).items())
+        lines.append(Text(f"OGPSA     {settings}"))
+        for r in stage.references:
+            kind = f" ({r.kind})" if r.kind else ""
+            lines.append(
+                Text(f"reference {r.name}: {r.loss} on {r.data}{kind}, up to {r.limit} rows")
+            )
+        lines.append(
+            Text(f"overhead  about {100 * (plan.overhead or 0):.0f} % more compute than plain")
+        )
+    lines += [Text(f"note      {note}", style="yellow") for note in dict.fromkeys(plan.notes)]
+    return list(lines)
+
+
+def shown_settings(config: OGPSAConfig) -> dict[str, Any]:
+    """The resolved settings that have a say under the chosen constraint."""
+    idle = {
+        "budget": ("rank", "energy", "sketch_size", "rows", "basis_dtype", "restoration"),
+        "halfspace": ("rank", "energy", "sketch_size", "rows", "basis_dtype", "budget", "recovery"),
+        "orthogonal": ("budget", "recovery", "max_correction"),
+    }[config.constraint]
+    skipped = {*idle, "preset" if config.preset is None else ""}
+    if config.restoration == 0:
+        skipped |= {"restoration", "restoration_cap"}
+    if config.refresh == "stream":
+        skipped |= {"early_refreshes", "adaptive_threshold"}
+    if config.constraint == "halfspace":
+        skipped.add("max_correction")
+    return {k: v for k, v in config.to_dict().items() if k not in skipped}
+
+
+def _memory_lines(plan: Plan) -> list[RenderableType]:
+    if plan.size is None:
+        return [
+            Text(
+                "\nnote      the model is not on this machine and its name says nothing of its "
+                "size, so there is no memory estimate",
+                style="yellow",
+            )
+        ]
+    table = Table(title="\nMemory on the device", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("what")
+    table.add_column("GB", justify="right")
+    parts = plan.memory()
+    for name, size in parts.items():
+        table.add_row(name, f"{size / 1e9:.2f}")
+    table.add_section()
+    table.add_row("in all", f"{sum(parts.values()) / 1e9:.2f}")
+    billions = (
+        f"{plan.size.parameters / 1e9:.2f} B parameters, {plan.size.adapter / 1e6:.1f} M trained"
+    )
+    lines: list[RenderableType] = [table, Text(billions)]
+    if plan.size.note:
+        lines.append(Text(f"note      sizes are {plan.size.note}", style="yellow"))
+    if not plan.size.layers:
+        lines.append(Text("note      activations come on top", style="yellow"))
+    return lines

@@ -1,0 +1,317 @@
+"""Recipes: a flat YAML mapping of TRL's and PEFT's own argument names, parsed and checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.recipe_file import as_mapping, read_recipe_file
+from lora_ogpsa.recipe_keys import check_known, defaults, names, take
+
+if TYPE_CHECKING:
+    from lora_ogpsa.evaluation import EvaluationSuite
+    from lora_ogpsa.reference import Reference
+
+Trainer = Literal["sft", "dpo"]
+MergeType = Literal["bfloat16", "float16", "float32"]
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+# Where a recipe departs from TRL's defaults. Any of them can be set in the recipe;
+# docs/recipes.md says why they differ.
+_MODEL_DEFAULTS = {
+    "dtype": "auto",
+    "lora_target_modules": "all-linear",
+    "use_bnb_nested_quant": True,
+}
+_TRAINING_DEFAULTS = {"report_to": "none", "save_strategy": "no"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: a trainer, its arguments and data, and what protects it.
+
+    Args:
+        name: folder name and table heading.
+        trainer: ``"sft"`` or ``"dpo"``.
+        training: arguments of TRL's ``SFTConfig`` or ``DPOConfig``.
+        dataset_name: file, ``embedded:NAME`` or hub id.
+        dataset_config: configuration of a hub data set.
+        dataset_train_split: split of a hub data set.
+        dataset_limit: most rows used, drawn with the stage's seed.
+        rejected: for DPO: ``"data"``, the rows are preference pairs; ``"base"``, the rows hold
+            good answers only, and what the base model answers is the rejected side.
+        rejected_max_new_tokens: length of those answers, in tokens.
+        ogpsa: the settings; ``None`` trains plainly.
+        references: what must not get worse.
+    """
+
+    name: str
+    trainer: Trainer
+    training: dict[str, Any]
+    dataset_name: str
+    dataset_config: str | None = None
+    dataset_train_split: str | None = None
+    dataset_limit: int | None = None
+    rejected: Literal["data", "base"] = "data"
+    rejected_max_new_tokens: int = 64
+    ogpsa: OGPSAConfig | None = None
+    references: tuple[Reference, ...] = ()
+
+    def argument(self, name: str) -> Any:
+        """An argument of the trainer, its default where the recipe is silent."""
+        return self.training.get(name, defaults(training_class(self.trainer)).get(name))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Args:
+        source: what it was read from, for messages.
+        raw: the mapping it was made of, overrides included.
+        model: fields of TRL's ``ModelConfig``, defaults filled in.
+        stages: at least one; each goes on training the adapter of the one before.
+        output_dir: folder of everything a run writes.
+        evaluation: what is measured; ``None`` measures nothing.
+        compare: repeat the run without projection, for comparison.
+        merge: dtype of the merged model that is written and verified; ``None`` merges nothing.
+    """
+
+    source: str
+    raw: dict[str, Any]
+    model: dict[str, Any]
+    stages: tuple[Stage, ...]
+    output_dir: Path
+    evaluation: EvaluationSuite | None = None
+    compare: bool = False
+    merge: str | None = None
+
+    @property
+    def arms(self) -> list[str]:
+        """The runs to be made: ``"ogpsa"``, ``"plain"`` or both, the recipe's own first."""
+        if all(stage.ogpsa is None for stage in self.stages):
+            return ["plain"]
+        return ["ogpsa", "plain"] if self.compare else ["ogpsa"]
+
+
+@dataclass(frozen=True)
+class _RecipeKeys:
+    """Keys of the top level that no stage can have, besides those of TRL's ``ModelConfig``."""
+
+    output_dir: str = ""
+    evaluation: Any = None
+    compare: bool = False
+    merge: bool | MergeType = False
+    stages: Any = None
+
+
+@dataclass(frozen=True)
+class _StageKeys:
+    """Keys of a stage that are not arguments of its trainer."""
+
+    trainer: str = "sft"
+    name: str | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_train_split: str | None = None
+    dataset_limit: int | None = None
+    rejected: Literal["data", "base"] = "data"
+    rejected_max_new_tokens: int = 64
+    ogpsa: Any = field(default_factory=dict)
+    references: Any = None
+
+
+def load_recipe(
+    path: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    smoke: bool = False,
+    output_dir: str | Path | None = None,
+) -> Recipe:
+    """Read and check a recipe; see `read_recipe_file` for the arguments.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown (the nearest known one is
+            suggested), or a value is wrong.
+    """
+    raw = read_recipe_file(path, overrides=overrides, smoke=smoke, output_dir=output_dir)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Check a recipe that is a mapping already.
+
+    Args:
+        raw: the mapping.
+        source: what messages call it.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest known one is suggested), or a value is wrong.
+    """
+    from trl import ModelConfig
+
+    given = as_mapping(raw, source)
+    overlays, several = _overlays(given.get("stages"), source)
+    kinds = [
+        _kind(overlay.get("trainer", given.get("trainer", "sft")), source) for overlay in overlays
+    ]
+    whole = names(_RecipeKeys) | names(ModelConfig)
+    shared_keys = set().union(*(_stage_keys(kind) for kind in kinds))
+    about = f"with `trainer: {'` and `'.join(dict.fromkeys(kinds))}`"
+    check_known(given, whole | shared_keys, source, about=about)
+    top = take(given, _RecipeKeys, source)
+    model = defaults(ModelConfig) | _MODEL_DEFAULTS | take(given, ModelConfig, source)
+    for key, value, hint in (
+        ("output_dir", top.get("output_dir"), "a folder"),
+        ("model_name_or_path", model["model_name_or_path"], "a folder, a hub id or `embedded`"),
+    ):
+        if not value:
+            raise ConfigError(f"{source}: `{key}` is missing. It names {hint}.")
+    stages = []
+    for index, (overlay, kind) in enumerate(zip(overlays, kinds, strict=True)):
+        place = f"{source}, stages[{index}]" if several else source
+        known = _stage_keys(kind)
+        check_known(overlay, known, place, elsewhere=whole, about=f"with `trainer: {kind}`")
+        own = {k: v for k, v in given.items() if k in known} | overlay
+        own.setdefault("name", f"{index + 1}-{kind}" if several else kind)
+        stages.append(_stage(own, kind, place))
+    _check_unique([stage.name for stage in stages], source)
+    compare = top.get("compare", False)
+    if compare and all(stage.ogpsa is None for stage in stages):
+        raise ConfigError(
+            f"{source}: `compare: true` repeats the run without projection, and `ogpsa: false` "
+            "leaves nothing to compare with. Leave one of the two out."
+        )
+    return Recipe(
+        source=source,
+        raw=dict(raw),
+        model=model,
+        stages=tuple(stages),
+        output_dir=Path(top["output_dir"]),
+        evaluation=_evaluation(top.get("evaluation"), f"{source}, evaluation"),
+        compare=compare,
+        merge={True: "bfloat16", False: None}.get(merge := top.get("merge", False), merge),
+    )
+
+
+def _overlays(stages: Any, source: str) -> tuple[list[dict[str, Any]], bool]:
+    """What each stage changes, and whether the recipe has a list of stages at all."""
+    if stages is None:
+        return [{}], False
+    if not isinstance(stages, list) or not stages:
+        raise ConfigError(f"{source}: `stages` should be a list of mappings. Found {stages!r}.")
+    return [as_mapping(stage, f"{source}, stages[{i}]") for i, stage in enumerate(stages)], True
+
+
+def training_class(kind: Trainer) -> type:
+    """TRL's dataclass of training arguments."""
+    from trl import DPOConfig, SFTConfig
+
+    return {"sft": SFTConfig, "dpo": DPOConfig}[kind]
+
+
+def _kind(value: Any, source: str) -> Trainer:
+    if value not in ("sft", "dpo"):
+        raise ConfigError(f"{source}: `trainer` should be `sft` or `dpo`. Found {value!r}.")
+    kind: Trainer = value
+    return kind
+
+
+def _stage_keys(kind: Trainer) -> set[str]:
+    return (names(_StageKeys) | names(training_class(kind))) - {"output_dir"}
+
+
+def _stage(given: dict[str, Any], kind: Trainer, place: str) -> Stage:
+    own = take(given, _StageKeys, place)
+    training = _TRAINING_DEFAULTS | take(given, training_class(kind), place)
+    if "save_steps" in training and training["save_strategy"] == "no":
+        training["save_strategy"] = "steps"
+    if not own.get("dataset_name"):
+        raise ConfigError(
+            f"{place}: `dataset_name` is missing. It names a file, `embedded:safety_sft`, or a "
+            "data set on the hub."
+        )
+    if _FOLDER_NAME.fullmatch(own["name"]) is None:
+        raise ConfigError(f"{place}: `name` becomes a folder's name. Found {own['name']!r}.")
+    if own.get("rejected") == "base" and kind != "dpo":
+        raise ConfigError(f"{place}: `rejected: base` makes preference pairs, for `trainer: dpo`.")
+    for key in ("dataset_limit", "rejected_max_new_tokens"):
+        if own.get(key) is not None and own[key] < 1:
+            raise ConfigError(f"{place}: `{key}` should be at least 1. Found {own[key]}.")
+    settings = {k: v for k, v in own.items() if k not in ("trainer", "ogpsa", "references")}
+    return Stage(
+        trainer=kind,
+        training=training,
+        ogpsa=_ogpsa(own.get("ogpsa"), f"{place}, ogpsa"),
+        references=_references(own.get("references"), f"{place}, references"),
+        **settings,
+    )
+
+
+def _ogpsa(given: Any, place: str) -> OGPSAConfig | None:
+    if given is False:
+        return None
+    given = {} if given in (None, True) else as_mapping(given, place)
+    check_known(given, names(OGPSAConfig), place)
+    try:
+        return OGPSAConfig.from_dict(given)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def _references(given: Any, place: str) -> tuple[Reference, ...]:
+    from lora_ogpsa.reference import Reference, default_references
+
+    if given is None:
+        return tuple(default_references())
+    if not isinstance(given, list) or not given:
+        raise ConfigError(
+            f"{place}: should be a list of at least one mapping, such as {{name: general, data: "
+            f"embedded:harmless}}. Found {given!r}."
+        )
+    made = []
+    for index, item in enumerate(given):
+        where = f"{place}[{index}]"
+        item = as_mapping(item, where)
+        check_known(item, names(Reference), where)
+        if not isinstance(item.get("data", ""), str) or not isinstance(item.get("name"), str):
+            raise ConfigError(
+                f"{where}: a reference needs a `name` and, in `data`, the name of a file or data "
+                f"set. Found name={item.get('name')!r}, data={item.get('data')!r}."
+            )
+        try:
+            made.append(Reference(**take(item, Reference, where)))
+        except ConfigError as error:
+            raise ConfigError(
+                error.args[0] if where in str(error) else f"{where}: {error}"
+            ) from error
+    _check_unique([reference.name for reference in made], place)
+    return tuple(made)
+
+
+def _evaluation(given: Any, place: str) -> EvaluationSuite | None:
+    from lora_ogpsa.evaluation import EvaluationSuite, MeasureSpec
+
+    if given is False:
+        return None
+    section = {} if given in (None, True) else as_mapping(given, place)
+    check_known(section, names(EvaluationSuite), place)
+    section.setdefault("measures", EvaluationSuite.default().measures)
+    for name, spec in as_mapping(section["measures"], f"{place}, measures").items():
+        if isinstance(spec, Mapping):
+            check_known(spec, names(MeasureSpec), f"{place}, measures.{name}")
+    try:
+        return EvaluationSuite.from_dict(section)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def _check_unique(found: list[str], place: str) -> None:
+    twice = next((name for name in found if found.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{place}: the name {twice!r} is given twice.")

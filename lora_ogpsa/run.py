@@ -1,0 +1,309 @@
+"""A run of a recipe: evaluate, train, evaluate, merge, report; every part on disk when done."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_ogpsa.console import err, out, say
+from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.evaluation import EvaluationResult, evaluate
+from lora_ogpsa.export import export_merged, write_model_card
+from lora_ogpsa.export.folder import staged_folder
+from lora_ogpsa.export.pipeline import REPORT_JSON
+from lora_ogpsa.export.quantisation import RUN_FILE
+from lora_ogpsa.measure import recipe_suite
+from lora_ogpsa.quiet import quiet_libraries
+from lora_ogpsa.recipe import Recipe, Stage
+from lora_ogpsa.results import (
+    ARM_TITLES,
+    card_evaluation,
+    column_title,
+    results_table,
+    sample_answers,
+)
+from lora_ogpsa.run_record import columns_of, merge_line, results_json, results_page
+from lora_ogpsa.stage_data import checked_rows
+from lora_ogpsa.stages import (
+    TRAINING_FILE,
+    Trained,
+    last_checkpoint,
+    load_base,
+    load_trained,
+    train_stage,
+    write_json,
+    write_text,
+)
+
+RECIPE_FILE = "recipe.yaml"
+# Everything a run puts into its folder, and all that --overwrite deletes.
+_OWN = (RECIPE_FILE, "runs", "evaluations", "adapter", "merged", "results.json", "results.md")
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; the message says what is saved and how to go on."""
+
+
+def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Do what a recipe says.
+
+    Args:
+        recipe: the recipe.
+        overwrite: delete what an earlier run left in the output folder.
+        resume: go on where an earlier run of the same recipe stopped.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        OGPSAError: something in the recipe, the data, the model or the training cannot work.
+        RunInterrupted: on Ctrl-C.
+    """
+    quiet_libraries()
+    work = _Run(recipe)
+    work.prepare(overwrite=overwrite, resume=resume)
+    try:
+        return work.execute()
+    except KeyboardInterrupt:
+        raise RunInterrupted(work.interrupted()) from None
+
+
+class _Run:
+    """The parts of one run and where they lie."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.folder = recipe.output_dir
+        self.results: dict[str, EvaluationResult] = {}
+        self.resume = False
+        self._base: tuple[Any, Any] | None = None
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._began = time.monotonic()
+        self._step = 0
+        self._merge_seconds: float | None = None
+
+    # ------------------------------------------------------------------ before and after
+
+    def prepare(self, *, overwrite: bool, resume: bool) -> None:
+        """Claim the output folder."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                "recipes run in one process, and this one was launched as one of several. Start "
+                "it with lora-ogpsa itself; for several GPUs use OGPSACallback in a script."
+            )
+        recipe_file = self.folder / RECIPE_FILE
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"`output_dir` {self.folder} is a file. Choose another folder.")
+        occupied = self.folder.exists() and any(self.folder.iterdir())
+        if occupied and resume:
+            self._check_same_recipe(recipe_file)
+        elif occupied and overwrite:
+            if not recipe_file.is_file():
+                raise ConfigError(
+                    f"{self.folder} is not the folder of an earlier run (it has no {RECIPE_FILE}), "
+                    "so --overwrite leaves it alone. Choose another `output_dir`."
+                )
+            for name in _OWN:
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        elif occupied:
+            raise ConfigError(
+                f"the output folder {self.folder} is not empty. Pass --resume to go on with the "
+                "run in it, --overwrite to delete that run, or --output-dir for another folder."
+            )
+        self.resume = resume
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(self.recipe.raw, sort_keys=False, allow_unicode=True)
+        write_text(recipe_file, text)
+
+    def _check_same_recipe(self, recipe_file: Path) -> None:
+        if not recipe_file.is_file():
+            raise ConfigError(
+                f"{self.folder} holds no {RECIPE_FILE}, so there is no run to resume in it."
+            )
+        earlier = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) or {}
+        now = yaml.safe_load(yaml.safe_dump(self.recipe.raw))
+        changed = sorted(
+            key for key in {*earlier, *now} - {"output_dir"} if earlier.get(key) != now.get(key)
+        )
+        if changed:
+            keys = ", ".join(f"`{key}`" for key in changed)
+            raise ConfigError(
+                f"--resume goes on with the same recipe, but {keys} changed since {recipe_file}. "
+                "Undo that, or start anew with --overwrite."
+            )
+
+    def interrupted(self) -> str:
+        """What is saved, in one line."""
+        saved = [f"the evaluation of {part}" for part in self.results]
+        for arm in self.recipe.arms:
+            for stage in self.recipe.stages:
+                folder = self._stage_folder(arm, stage.name)
+                checkpoint = last_checkpoint(folder)
+                if (folder / "adapter").is_dir():
+                    saved.append(f"the adapter {folder / 'adapter'}")
+                elif checkpoint is not None:
+                    saved.append(str(checkpoint))
+        what = ", ".join(saved) if saved else "nothing yet"
+        return (
+            f"interrupted. Saved in {self.folder}: {what}. The same command with --resume goes on "
+            "from there."
+        )
+
+    # ------------------------------------------------------------------ the parts
+
+    def execute(self) -> dict[str, Any]:
+        """Every part that is not there yet, in order."""
+        stages = self.recipe.stages
+        self._check_data()
+        if self.recipe.evaluation is not None:
+            self._evaluate("base", None, None)
+        for arm in self.recipe.arms:
+            previous: Path | None = None
+            for stage in stages:
+                folder = self._stage_folder(arm, stage.name)
+                trained = self._train(arm, stage, folder, previous)
+                previous = folder / "adapter"
+                if self.recipe.evaluation is not None:
+                    self._evaluate(f"{arm}/{stage.name}", trained, previous)
+                del trained
+                gc.collect()
+            if arm == self.recipe.arms[0] and previous is not None:
+                self._publish(previous, f"{arm}/{stages[-1].name}")
+        if self.recipe.merge is not None:
+            self._merge()
+        content = self._report(finished=True)
+        self._print(content)
+        return content
+
+    def _check_data(self) -> None:
+        """Read all training rows: a bad one should show before hours of work, not after."""
+        self._base = self._fresh_base()
+        self._rows = {s.name: checked_rows(s, self._base[1]) for s in self.recipe.stages}
+
+    def _stage_folder(self, arm: str, stage: str) -> Path:
+        return self.folder / "runs" / arm / stage
+
+    def _heading(self, text: str) -> None:
+        arms, stages = len(self.recipe.arms), len(self.recipe.stages)
+        measured = self.recipe.evaluation is not None
+        total = measured + arms * stages * (1 + measured) + (self.recipe.merge is not None)
+        self._step += 1
+        say(f"[{self._step}/{total}] {text}")
+
+    def _fresh_base(self) -> tuple[Any, Any]:
+        """A base model that nothing has changed; the one that was evaluated, the first time."""
+        base, self._base = self._base or load_base(self.recipe), None
+        return base
+
+    def _train(self, arm: str, stage: Stage, folder: Path, previous: Path | None) -> Trained | None:
+        title = f"{ARM_TITLES[arm]}: training {stage.name}"
+        if (folder / "adapter").is_dir():
+            self._heading(f"{title}: done already")
+            return None
+        self._heading(title)
+        return train_stage(
+            self.recipe,
+            stage,
+            self._fresh_base(),
+            self._rows[stage.name],
+            folder,
+            protected=arm == "ogpsa",
+            start=previous,
+            resume=self.resume,
+            title=title,
+        )
+
+    def _evaluate(self, part: str, trained: Trained | None, adapter: Path | None) -> None:
+        path = self.folder / "evaluations" / f"{part.replace('/', '-')}.json"
+        title = column_title(part, len(self.recipe.stages))
+        if path.is_file():
+            self._heading(f"{title}: evaluated already")
+            self.results[part] = EvaluationResult.load(path)
+            return
+        self._heading(f"{title}: evaluating")
+        suite = recipe_suite(self.recipe)
+        if adapter is None:
+            self._base = self._fresh_base()
+            trained = Trained(*self._base)
+        elif trained is None:
+            trained = load_trained(self.recipe, adapter)
+        result = evaluate(trained.model, trained.tokenizer, suite, base=adapter is None)
+        partial = path.with_name(f".{path.name}.partial")
+        result.save(partial)
+        partial.replace(path)
+        self.results[part] = result
+        self._report()
+
+    def _publish(self, adapter: Path, part: str) -> None:
+        """Copy the recipe's own adapter to where it is looked for, with a model card."""
+        target = self.folder / "adapter"
+        if target.is_dir():
+            return
+        with staged_folder(target) as partial:
+            shutil.copytree(adapter, partial, dirs_exist_ok=True)
+            facts = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
+            if part in self.results and "base" in self.results:
+                facts["evaluation"] = card_evaluation(self.results["base"], self.results[part])
+                write_json(partial / RUN_FILE, facts)
+            write_model_card(partial, facts)
+
+    def _merge(self) -> None:
+        target = self.folder / "merged"
+        if (target / REPORT_JSON).is_file():
+            self._heading("merging: done already")
+            return
+        dtype = self.recipe.merge or "bfloat16"
+        self._heading(f"merging in {dtype}, reloading, comparing with the trained model")
+        self._base = None
+        gc.collect()
+        began, bars = time.monotonic(), err.is_terminal
+        export_merged(self.folder / "adapter", target, dtype=dtype, compare=False, progress=bars)
+        self._merge_seconds = time.monotonic() - began
+
+    # ------------------------------------------------------------------ the report
+
+    def _report(self, *, finished: bool = False) -> dict[str, Any]:
+        trainings = {}
+        for arm in self.recipe.arms:
+            for stage in self.recipe.stages:
+                path = self._stage_folder(arm, stage.name) / "adapter" / TRAINING_FILE
+                if path.is_file():
+                    record = json.loads(path.read_text(encoding="utf-8"))
+                    trainings[f"{arm}/{stage.name}"] = record
+        merged = self.folder / "merged" / REPORT_JSON
+        content = results_json(
+            self.recipe,
+            self.results,
+            trainings,
+            json.loads(merged.read_text(encoding="utf-8")) if merged.is_file() else None,
+            finished=finished,
+            merge_seconds=self._merge_seconds,
+            wall_seconds=time.monotonic() - self._began,
+        )
+        write_json(self.folder / "results.json", content)
+        write_text(self.folder / "results.md", results_page(self.recipe, self.results, content))
+        return content
+
+    def _print(self, content: dict[str, Any]) -> None:
+        if self.results:
+            columns = columns_of(self.recipe, self.results)
+            out.print(results_table(columns))
+            plain: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+            for kind, prompt, answers in sample_answers(columns):
+                out.print(f"\n{kind}: {prompt}", style="bold", **plain)
+                for heading, answer in answers.items():
+                    out.print(f"  {heading}: {' '.join(answer.split())}", **plain)
+            out.print()
+        if merge_line(content):
+            say(merge_line(content))
+        spent = ", ".join(f"{k.replace('_', ' ')} {v:.0f} s" for k, v in content["seconds"].items())
+        say(f"time: {spent}")
+        say(f"adapter, results and settings: {self.folder}")

@@ -1,0 +1,274 @@
+"""One stage of a recipe: from a model and rows to a trained adapter on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ogpsa.console import StepDisplay, StopAtNonFinite
+from lora_ogpsa.errors import ConfigError, ModelError
+from lora_ogpsa.export.folder import staged_folder
+from lora_ogpsa.export.quantisation import RUN_FILE, describe_quantisation
+from lora_ogpsa.models import cache_dir, load_model
+from lora_ogpsa.recipe import Recipe, Stage, training_class
+from lora_ogpsa.stage_data import training_rows
+
+TRAINING_FILE = "training.json"
+
+
+@dataclass
+class Trained:
+    """A trained model in memory.
+
+    Args:
+        model: the PEFT model, its adapter switched on.
+        tokenizer: its tokenizer.
+    """
+
+    model: Any
+    tokenizer: Any
+
+
+def load_base(recipe: Recipe) -> tuple[Any, Any]:
+    """The recipe's model and tokenizer.
+
+    Raises:
+        ModelError: they cannot be loaded.
+    """
+    given = recipe.model
+    return load_model(
+        given["model_name_or_path"],
+        load_in_4bit=given["load_in_4bit"],
+        dtype=given["dtype"],
+        bnb_4bit_quant_type=given["bnb_4bit_quant_type"],
+        bnb_4bit_use_double_quant=given["use_bnb_nested_quant"],
+    )
+
+
+def load_trained(recipe: Recipe, adapter: Path) -> Trained:
+    """The recipe's model with an adapter that an earlier stage or run has saved.
+
+    Raises:
+        ModelError: model or adapter cannot be loaded.
+    """
+    model, tokenizer = load_base(recipe)
+    return Trained(with_adapter(model, adapter, trainable=False), tokenizer)
+
+
+def with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
+    """`model` with a saved adapter on it.
+
+    Raises:
+        ModelError: the adapter cannot be loaded.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"cannot load the adapter {adapter}: {error}") from error
+
+
+def lora_config(recipe: Recipe) -> Any:
+    """PEFT's settings of the adapter, by TRL's own translation."""
+    from trl import ModelConfig, get_peft_config
+
+    return get_peft_config(ModelConfig(**{**recipe.model, "use_peft": True}))
+
+
+def training_arguments(stage: Stage, folder: Path) -> Any:
+    """TRL's arguments of a stage.
+
+    Raises:
+        ConfigError: TRL or transformers refuse them.
+    """
+    import torch
+
+    given = {
+        **stage.training,
+        "output_dir": str(folder),
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+    if not torch.accelerator.is_available():
+        given["use_cpu"] = True
+        given.setdefault("dataloader_pin_memory", False)
+        if not given.get("fp16"):
+            given.setdefault("bf16", cpu_computes_bfloat16())
+    try:
+        return training_class(stage.trainer)(**given)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(
+            f"stage `{stage.name}`: the training arguments are refused: {error}"
+        ) from error
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16; without them it is slower than float32."""
+    import torch
+
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def train_stage(
+    recipe: Recipe,
+    stage: Stage,
+    base: tuple[Any, Any],
+    rows: list[dict[str, Any]],
+    folder: Path,
+    *,
+    protected: bool,
+    start: Path | None = None,
+    resume: bool = False,
+    title: str = "training",
+) -> Trained:
+    """Train a stage and save its adapter as ``folder/adapter``, whole or not at all.
+
+    Args:
+        recipe: the recipe.
+        stage: one of its stages.
+        base: a freshly loaded model, which is changed, and its tokenizer.
+        rows: the stage's data, checked.
+        folder: of the stage; the Trainer's checkpoints lie in it too.
+        protected: with the stage's OGPSA settings, or plainly.
+        start: adapter to go on training; ``None`` starts a new one.
+        resume: go on from the Trainer's last checkpoint in `folder`, if there is one.
+        title: what the progress bar says.
+
+    Raises:
+        DataError: the training data cannot be used.
+        ConfigError: the settings are refused by TRL.
+        TrainingError: the loss is no longer finite.
+    """
+    began = time.monotonic()
+    model, tokenizer = base
+    arguments = training_arguments(stage, folder)
+    if start is not None:
+        model = with_adapter(model, start, trainable=True)
+    rows = training_rows(stage, rows, model, tokenizer)
+    display = StepDisplay(title)
+    trainer = _trainer(recipe, stage, arguments, model, tokenizer, rows, fresh=start is None)
+    trainer.add_callback(display)
+    trainer.add_callback(StopAtNonFinite())
+    if protected and stage.ogpsa is not None:
+        from lora_ogpsa.callback import OGPSACallback
+
+        OGPSACallback(stage.ogpsa, list(stage.references), cache=cache_dir()).attach(trainer)
+    checkpoint = last_checkpoint(folder) if resume else None
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        display.close()
+    ended = time.monotonic()
+    first = display.began or ended
+    if "ref" in trainer.model.peft_config:
+        trainer.model.delete_adapter("ref")  # DPO's frozen copy of the adapter it began with
+    trainer.model.eval()
+    history = trainer.state.log_history
+    passes = sum(entry.get("ogpsa/refresh_seconds", 0.0) for entry in history)
+    record = {
+        "steps": trainer.state.global_step,
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "rows": len(rows),
+        "seconds": {
+            "preparation": round(first - began, 2),
+            "training": round(ended - first - passes, 2),
+            "reference_passes": round(passes, 2),
+        },
+        "log": history,
+    }
+    _save(trainer.model, tokenizer, folder, record, recipe, stage, protected=protected)
+    return Trained(trainer.model, tokenizer)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The Trainer's newest complete checkpoint in `folder`."""
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in folder.glob("checkpoint-*")
+        # Written last: a save that was cut off lacks it.
+        if path.name.removeprefix("checkpoint-").isdigit()
+        and (path / "trainer_state.json").is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def _trainer(
+    recipe: Recipe,
+    stage: Stage,
+    arguments: Any,
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    *,
+    fresh: bool,
+) -> Any:
+    """TRL's trainer, its adapter in float32.
+
+    TRL turns adapters on 4-bit models into bfloat16, whose steps are too coarse for a projected
+    update to stay projected. In float32 they cost four bytes a parameter, and the parameters are
+    few.
+    """
+    import datasets
+    from transformers import PrinterCallback
+    from trl import DPOTrainer, SFTTrainer
+
+    exact = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if not fresh and parameter.requires_grad
+    }
+    try:
+        trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage.trainer](
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe) if fresh else None,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"stage `{stage.name}`: TRL refuses the settings: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = exact.get(name, parameter.data).float()
+    return trainer
+
+
+def _save(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    record: dict[str, Any],
+    recipe: Recipe,
+    stage: Stage,
+    *,
+    protected: bool,
+) -> None:
+    facts = {
+        "base": recipe.model["model_name_or_path"],
+        "data": stage.dataset_name,
+        "ogpsa": stage.ogpsa.to_dict() if protected and stage.ogpsa is not None else None,
+        "training": {"trainer": stage.trainer, **stage.training, "steps": record["steps"]},
+        "quantisation": describe_quantisation(model),
+    }
+    with staged_folder(folder / "adapter") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / RUN_FILE, facts)
+        write_json(partial / TRAINING_FILE, record)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

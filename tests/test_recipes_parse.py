@@ -1,0 +1,160 @@
+"""Every recipe that is shipped parses, plans, and says in its header how to run it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from recipes_for_tests import tiny_recipe
+from rich.console import Console
+
+from lora_ogpsa import models
+from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.errors import DataError
+from lora_ogpsa.memory import ModelSize, estimate, model_size, ogpsa_bytes
+from lora_ogpsa.plan import make_plan, render, shown_settings
+from lora_ogpsa.recipe import Recipe, load_recipe, parse_recipe
+from lora_ogpsa.stages import load_base, lora_config, training_arguments
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+
+
+def _shown(recipe: Recipe) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render(make_plan(recipe)), soft_wrap=True)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_there_are_recipes() -> None:
+    assert {path.stem for path in RECIPES} >= {"quickstart", "sft_then_dpo", "llama3_8b_sft_24gb"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_and_trl_takes_its_arguments(path: Path, tmp_path: Path) -> None:
+    for smoke in (False, True):
+        recipe = load_recipe(path, smoke=smoke)
+        for stage in recipe.stages:
+            arguments = training_arguments(stage, tmp_path)
+            assert arguments.max_length == stage.argument("max_length")
+            assert arguments.logging_nan_inf_filter is False
+        assert lora_config(recipe).r == recipe.model["lora_r"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_header_tells_how_to_run_it(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in lines)
+    header = "\n".join(lines)
+    assert "Prerequisites:" in header and "Override:" in header
+    assert f"lora-ogpsa run recipes/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_plans_offline(path: Path) -> None:
+    recipe = load_recipe(path)
+    if recipe.model["model_name_or_path"] == models.EMBEDDED:
+        try:
+            models._embedded_gguf()
+        except models.ModelError as error:
+            pytest.skip(str(error))
+    shown = _shown(recipe)
+    for stage in recipe.stages:
+        assert f"Stage {stage.name}" in shown and stage.dataset_name in shown
+        for reference in stage.references:
+            assert f"reference {reference.name}: kl on {reference.data}" in shown
+    assert "more compute than plain" in shown and "budget=0." in shown
+    assert "OGPSA " in shown and "in all" in shown
+
+
+def test_the_8b_recipe_fits_its_gpu_and_says_what_it_could_not_see() -> None:
+    plan = make_plan(load_recipe(FOLDER / "llama3_8b_sft_24gb.yaml"))
+    parts = plan.memory()
+    assert 4e9 < parts["base weights"] < 7e9
+    assert sum(parts.values()) < 20e9  # activations come on top
+    assert plan.size is not None and "not on this machine" in plan.size.note
+    assert "allenai/coconot is not on this machine" in " ".join(plan.stages[0].notes)
+    assert plan.stages[0].steps == 125  # 4000 rows, drawn, in batches of 32
+
+
+# ------------------------------------------------------------------------------------- the numbers
+
+
+def test_sizes_are_those_of_the_loaded_model(tmp_path: Path, tiny_folder: Path) -> None:
+    from peft import get_peft_model
+
+    recipe = parse_recipe(tiny_recipe(tmp_path, tiny_folder, load_in_4bit=True))
+    size = model_size(recipe)
+    assert size is not None and not size.note
+    model, _ = load_base(parse_recipe(tiny_recipe(tmp_path, tiny_folder)))
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    adapted = get_peft_model(model, lora_config(recipe))
+    assert size.adapter == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    quantised, _ = load_base(recipe)
+    weights = [m.weight for m in quantised.modules() if type(m).__name__ == "Linear4bit"]
+    assert size.quantised == 2 * sum(w.numel() for w in weights)  # two per byte
+    # bitsandbytes keeps offsets and a code table besides, a constant per layer.
+    found = estimate(recipe, recipe.stages[0], size, 64)["base weights"]
+    assert found == pytest.approx(quantised.get_memory_footprint(), rel=0.05)
+
+
+def test_ogpsa_memory_follows_the_cost_model() -> None:
+    d = 1000
+    assert ogpsa_bytes(OGPSAConfig(), 2, d) == (2 + 3) * d * 4
+    rows = OGPSAConfig(constraint="orthogonal", rank=8, sketch_size=16, basis_dtype="bfloat16")
+    assert ogpsa_bytes(rows, 2, d) == (2 + 3) * d * 4 + 8 * d * 2 + 2 * 16 * d * 4
+    means = OGPSAConfig(constraint="orthogonal", rank=8, rows="means")
+    assert ogpsa_bytes(means, 2, d) == (2 + 3) * d * 4 + 8 * d * 4
+
+
+def test_overhead_follows_the_cost_model(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, ogpsa={"refresh_every": 2})
+    plan = make_plan(parse_recipe(raw)).stages[0]
+    half = make_plan(parse_recipe({**raw, "gradient_accumulation_steps": 2})).stages[0]
+    assert plan.batch == 2 and half.batch == 4
+    assert plan.overhead is not None and half.overhead == pytest.approx(plan.overhead / 2)
+    plain = make_plan(parse_recipe({**raw, "ogpsa": False})).stages[0]
+    assert plain.overhead is None
+
+
+def test_steps_come_from_epochs_where_the_recipe_names_none(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, max_steps=None, num_train_epochs=3)
+    assert make_plan(parse_recipe(raw)).stages[0].steps == 6  # 4 rows, batches of 2
+
+
+def test_a_plan_checks_the_rows_that_are_here(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, max_length=8)
+    with pytest.raises(DataError, match="row 1: the prompt has"):
+        make_plan(parse_recipe(raw))
+    missing = {**raw, "dataset_name": str(tmp_path / "gone.jsonl")}
+    with pytest.raises(DataError, match="file not found"):
+        make_plan(parse_recipe(missing))
+
+
+def test_an_unknown_model_has_a_plan_without_an_estimate(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, model_name_or_path="someone/model")
+    assert "there is no memory estimate" in _shown(parse_recipe(raw))
+
+
+def test_a_size_in_the_name_scales_the_adapter(tmp_path: Path, tiny_folder: Path) -> None:
+    def size(name: str, rank: int) -> ModelSize:
+        raw = tiny_recipe(tmp_path, tiny_folder, model_name_or_path=name, lora_r=rank)
+        found = model_size(parse_recipe(raw))
+        assert found is not None
+        return found
+
+    assert size("someone/model-8B", 16).adapter == 42_000_000  # as in the design's cost model
+    assert size("someone/model-8B", 8).adapter == 21_000_000
+    assert size("someone/model-1.5b-chat", 16).parameters == 1_500_000_000
+    assert size("someone/model-360M", 16).parameters == 360_000_000
+
+
+def test_settings_that_have_no_say_are_not_shown() -> None:
+    budget = shown_settings(OGPSAConfig())
+    assert "budget" in budget and "rank" not in budget and "early_refreshes" not in budget
+    rows = shown_settings(OGPSAConfig(constraint="orthogonal"))
+    assert "rank" in rows and "budget" not in rows and "early_refreshes" in rows
+    assert shown_settings(OGPSAConfig(preset="paper"))["preset"] == "paper"

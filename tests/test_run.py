@@ -1,0 +1,481 @@
+"""Runs of whole recipes on a tiny model: every part, in one and two stages, resumed and failing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipes_for_tests import HARMFUL, tiny_recipe, write_rows
+from safetensors.torch import load_file
+
+from lora_ogpsa.errors import ConfigError, DataError, ModelError, OGPSAError
+from lora_ogpsa.measure import recipe_suite
+from lora_ogpsa.recipe import parse_recipe
+from lora_ogpsa.run import RunInterrupted, run
+from lora_ogpsa.stage_data import checked_rows, training_rows
+from lora_ogpsa.stages import last_checkpoint, load_base, training_arguments
+
+
+def _run(raw: dict[str, Any], **options: bool) -> dict[str, Any]:
+    return run(parse_recipe(raw), **options)
+
+
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+# ------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """The folder of a finished run with everything in it: 4 bits, comparison, merge."""
+    folder = tmp_path_factory.mktemp("compared")
+    recipe = tiny_recipe(
+        folder,
+        tiny_folder,
+        load_in_4bit=True,
+        compare=True,
+        merge="float32",
+        # A budget that is overdrawn from the first step, so that projection has something to do.
+        ogpsa={"budget": 0.0},
+    )
+    _run(recipe)
+    return folder / "out"
+
+
+def test_a_run_writes_everything_it_promises(compared: Path) -> None:
+    found = {str(p.relative_to(compared)) for p in compared.rglob("*") if p.is_file()}
+    assert found >= {
+        "recipe.yaml",
+        "results.json",
+        "results.md",
+        "adapter/adapter_model.safetensors",
+        "adapter/ogpsa_run.json",
+        "adapter/README.md",
+        "adapter/tokenizer.json",
+        "merged/model.safetensors",
+        "merged/merge_report.json",
+        "evaluations/base.json",
+        "evaluations/ogpsa-sft.json",
+        "evaluations/plain-sft.json",
+        "runs/ogpsa/sft/adapter/training.json",
+        "runs/plain/sft/adapter/training.json",
+    }
+    assert not [name for name in found if ".partial" in name]
+
+
+def test_results_hold_numbers_intervals_and_timings(compared: Path) -> None:
+    results = json.loads((compared / "results.json").read_text())
+    assert results["finished"] is True
+    assert results["seeds"] == {"sft": 42}
+    assert results["ogpsa"]["sft"]["constraint"] == "budget"
+    assert set(results["versions"]) >= {"lora-ogpsa", "torch", "trl", "peft"}
+    measures = results["evaluation"]["ogpsa/sft"]
+    for name in ("harmful.refused", "harmless.refused", "general.nll", "divergence.kl"):
+        assert measures[name]["low"] <= measures[name]["value"] <= measures[name]["high"]
+        assert measures[name]["n"] == 4
+    assert "divergence.kl" not in results["evaluation"]["base"]
+    assert set(results["differences"]) == {
+        "ogpsa/sft - base",
+        "plain/sft - base",
+        "ogpsa/sft - plain/sft",
+    }
+    assert results["training"]["ogpsa/sft"]["steps"] == 3
+    assert results["training"]["ogpsa/sft"]["seconds"]["reference_passes"] > 0
+    assert results["training"]["plain/sft"]["seconds"]["reference_passes"] == 0
+    assert set(results["seconds"]) >= {"evaluation", "training", "reference_passes", "wall"}
+    page = (compared / "results.md").read_text()
+    assert "| measure | n | base | plain | OGPSA |" in page
+    assert HARMFUL[0] in page and "Reloaded with plain transformers" in page
+
+
+def test_both_arms_start_and_are_fed_alike(compared: Path) -> None:
+    """Same initial adapter and data order: the first loss, before any step, is the same."""
+    logs = {
+        arm: json.loads((compared / f"runs/{arm}/sft/adapter/training.json").read_text())["log"]
+        for arm in ("ogpsa", "plain")
+    }
+    assert logs["ogpsa"][0]["loss"] == pytest.approx(logs["plain"][0]["loss"], abs=1e-6)
+    ogpsa = _adapter(compared / "runs/ogpsa/sft/adapter")
+    plain = _adapter(compared / "runs/plain/sft/adapter")
+    assert any(not torch.equal(ogpsa[name], plain[name]) for name in ogpsa)
+
+
+def test_projection_shows_in_the_log_and_only_with_ogpsa(compared: Path) -> None:
+    logs = json.loads((compared / "runs/ogpsa/sft/adapter/training.json").read_text())["log"]
+    assert all("ogpsa/removed_energy" in entry for entry in logs if "loss" in entry)
+    assert any(entry.get("ogpsa/removed_energy", 0) > 0 for entry in logs)
+    plain = json.loads((compared / "runs/plain/sft/adapter/training.json").read_text())["log"]
+    assert not any(key.startswith("ogpsa/") for entry in plain for key in entry)
+
+
+def test_the_adapter_is_the_protected_one_in_float32(compared: Path) -> None:
+    final, trained = _adapter(compared / "adapter"), _adapter(compared / "runs/ogpsa/sft/adapter")
+    assert all(torch.equal(final[name], trained[name]) for name in trained)
+    assert {tensor.dtype for tensor in final.values()} == {torch.float32}
+    facts = json.loads((compared / "adapter/ogpsa_run.json").read_text())
+    assert facts["quantisation"]["bnb_4bit_quant_type"] == "nf4"
+    assert "harmful refused" in " ".join(facts["evaluation"])
+
+
+def test_the_merged_model_answers_like_the_trained_one(compared: Path) -> None:
+    report = json.loads((compared / "merged/merge_report.json").read_text())
+    assert report["merge"]["strategy"] == "dequantised"
+    assert report["verification"]["passed"] is True
+    assert report["verification"]["comparisons"][0]["top1_agreement"] > 0.98
+
+
+def test_ogpsa_false_is_trl_and_nothing_else(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, ogpsa=False, evaluation=False)
+    results = _run(raw)
+    assert list(results["training"]) == ["plain/sft"]
+    assert results["evaluation"] == {} and results["merge"] is None
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
+    again = {**raw, "output_dir": str(tmp_path / "again")}
+    _run(again)
+    first, second = _adapter(tmp_path / "out/adapter"), _adapter(tmp_path / "again/adapter")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_stages_train_one_adapter(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(
+        tmp_path,
+        tiny_folder,
+        stages=[
+            {"trainer": "sft"},
+            {
+                "trainer": "dpo",
+                "rejected": "base",
+                "rejected_max_new_tokens": 6,
+                "beta": 0.1,
+                "ogpsa": {"budget": 0.05, "refresh_every": 2},
+            },
+        ],
+    )
+    results = _run(raw)
+    assert list(results["evaluation"]) == ["base", "ogpsa/1-sft", "ogpsa/2-dpo"]
+    assert results["ogpsa"]["1-sft"]["refresh_every"] == 1
+    assert results["ogpsa"]["2-dpo"]["refresh_every"] == 2
+    log = json.loads((tmp_path / "out/runs/ogpsa/2-dpo/adapter/training.json").read_text())["log"]
+    # Stage 2 starts from stage 1's adapter and takes it as DPO's reference: no margin at first.
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert "ogpsa/excess/harmless" in log[0]
+    first = _adapter(tmp_path / "out/runs/ogpsa/1-sft/adapter")
+    last = _adapter(tmp_path / "out/adapter")
+    assert first.keys() == last.keys()  # the frozen copy that was DPO's reference is gone
+    moved = max(float((first[name] - last[name]).abs().max()) for name in first)
+    start = max(float(first[name].abs().max()) for name in first if "lora_B" in name)
+    assert 0 < moved < 10 * start
+
+
+def test_dpo_alone_on_preference_rows(tmp_path: Path, tiny_folder: Path) -> None:
+    pairs = write_rows(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": p, "chosen": "I can't help.", "rejected": "Sure thing."} for p in HARMFUL],
+    )
+    raw = tiny_recipe(
+        tmp_path, tiny_folder, trainer="dpo", dataset_name=pairs, evaluation=False, beta=0.5
+    )
+    results = _run(raw)
+    assert results["training"]["ogpsa/dpo"]["steps"] == 3
+    log = json.loads((tmp_path / "out/adapter/training.json").read_text())["log"]
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert log[-2]["loss"] < log[0]["loss"] or log[1]["loss"] < log[0]["loss"]
+
+
+# --------------------------------------------------------------------------------- resuming
+
+
+def test_resume_goes_on_from_finished_parts_and_checkpoints(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the second arm at a checkpoint; only what is missing is done again."""
+    raw = tiny_recipe(
+        tmp_path, tiny_folder, compare=True, max_steps=6, save_steps=2, ogpsa={"budget": 0.0}
+    )
+    whole = {**raw, "output_dir": str(tmp_path / "whole")}
+    _run(whole)
+
+    from lora_ogpsa.console import StepDisplay
+
+    original = StepDisplay.on_step_end
+
+    def interrupt(self: StepDisplay, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if "plain" in self.title and state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StepDisplay, "on_step_end", interrupt)
+    with pytest.raises(RunInterrupted) as caught:
+        _run(raw)
+    message = str(caught.value)
+    assert "the evaluation of base" in message and "the evaluation of ogpsa/sft" in message
+    assert "checkpoint-4" in message and "--resume" in message and "\n" not in message
+    out = tmp_path / "out"
+    partial = json.loads((out / "results.json").read_text())
+    assert partial["finished"] is False and "ogpsa/sft" in partial["evaluation"]
+    untouched = (out / "runs/ogpsa/sft/adapter/adapter_model.safetensors").stat().st_mtime_ns
+
+    monkeypatch.setattr(StepDisplay, "on_step_end", original)
+    results = _run(raw, resume=True)
+    assert results["finished"] is True
+    now = (out / "runs/ogpsa/sft/adapter/adapter_model.safetensors").stat().st_mtime_ns
+    assert now == untouched
+    assert results["training"]["plain/sft"]["resumed_from"] == "checkpoint-4"
+    for arm in ("ogpsa", "plain"):
+        one = _adapter(out / f"runs/{arm}/sft/adapter")
+        other = _adapter(tmp_path / f"whole/runs/{arm}/sft/adapter")
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_resume_of_a_dpo_stage_from_its_checkpoint(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tiny_recipe(
+        tmp_path,
+        tiny_folder,
+        evaluation=False,
+        ogpsa=False,
+        max_steps=4,
+        save_steps=2,
+        stages=[
+            {"trainer": "sft"},
+            {"trainer": "dpo", "rejected": "base", "rejected_max_new_tokens": 6},
+        ],
+    )
+    _run({**raw, "output_dir": str(tmp_path / "whole")})
+    from lora_ogpsa.console import StepDisplay
+
+    original = StepDisplay.on_step_end
+
+    def interrupt(self: StepDisplay, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "dpo" in self.title and state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StepDisplay, "on_step_end", interrupt)
+    with pytest.raises(RunInterrupted):
+        _run(raw)
+    monkeypatch.setattr(StepDisplay, "on_step_end", original)
+    results = _run(raw, resume=True)
+    assert results["training"]["plain/2-dpo"]["resumed_from"] == "checkpoint-2"
+    one, other = _adapter(tmp_path / "out/adapter"), _adapter(tmp_path / "whole/adapter")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_resume_refuses_another_recipe(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "recipe.yaml").write_text("max_steps: 9\n")
+    with pytest.raises(ConfigError, match="`max_steps`.*changed since"):
+        _run({"max_steps": 3, **raw}, resume=True)
+    (out / "recipe.yaml").unlink()
+    (out / "other.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no run to resume"):
+        _run(raw, resume=True)
+
+
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step, complete in ((2, True), (4, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+# ----------------------------------------------------------------------------------- output folder
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, max_steps=1)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="is not empty. Pass --resume"):
+        _run(raw)
+    with pytest.raises(ConfigError, match="not the folder of an earlier run"):
+        _run(raw, overwrite=True)
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_is_no_output_folder(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder)
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ConfigError, match="is a file"):
+        _run(raw)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_precision_on_a_cpu_follows_its_instructions_unless_the_recipe_says(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    for module in ("stages", "measure"):
+        monkeypatch.setattr(f"lora_ogpsa.{module}.cpu_computes_bfloat16", lambda: native)
+    silent = parse_recipe(tiny_recipe(tmp_path, tiny_folder, bf16=None))
+    assert training_arguments(silent.stages[0], tmp_path).bf16 is native
+    suite = recipe_suite(silent)
+    assert suite is not None and suite.autocast == ("bfloat16" if native else None)
+
+    raw = tiny_recipe(tmp_path, tiny_folder, bf16=not native)
+    raw["evaluation"]["autocast"] = None if native else "bfloat16"
+    explicit = parse_recipe(raw)
+    assert training_arguments(explicit.stages[0], tmp_path).bf16 is (not native)
+    assert recipe_suite(explicit) == explicit.evaluation
+
+
+def test_overwrite_deletes_the_earlier_run_and_nothing_else(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, max_steps=1)
+    _run(raw)
+    stale = tmp_path / "out/runs/ogpsa/sft/adapter/stale"
+    stale.write_text("old")
+    kept = tmp_path / "out/notes.txt"
+    kept.write_text("mine")
+    _run(raw, overwrite=True)
+    assert kept.read_text() == "mine" and not stale.exists()
+
+
+def test_a_launcher_of_several_processes_is_refused(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="recipes run in one process"):
+        _run(tiny_recipe(tmp_path, tiny_folder))
+
+
+# ------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "completion": "b"}, {"text": "x"}], "training.jsonl, row 2"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "c"}], "row 2: no answer to train on"),
+        ([{"prompt": "long " * 200, "completion": "b"}], "row 1: the prompt has"),
+        ([], "the data set has no rows"),
+    ],
+)
+def test_bad_training_rows_stop_before_training(
+    tmp_path: Path, tiny_folder: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder)
+    write_rows(tmp_path / "training.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        _run(raw)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out/evaluations").exists()  # not even the base has been evaluated
+
+
+def test_missing_files_are_named(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False)
+    with pytest.raises(DataError, match=r"file not found: .*gone\.jsonl"):
+        _run({**raw, "dataset_name": str(tmp_path / "gone.jsonl")})
+    with pytest.raises(ModelError, match="model folder not found"):
+        _run({**raw, "model_name_or_path": str(tmp_path / "gone")}, overwrite=True)
+
+
+def test_an_empty_reference_is_an_error(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False)
+    raw["references"][0]["kind"] = "nonesuch"
+    with pytest.raises(DataError, match="has no rows of kind 'nonesuch'"):
+        _run(raw)
+
+
+@pytest.mark.parametrize("protected", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, tiny_folder: Path, protected: bool
+) -> None:
+    """An absurd learning rate; what was evaluated before stays on disk."""
+    raw = tiny_recipe(
+        tmp_path,
+        tiny_folder,
+        learning_rate=1e30,
+        max_steps=8,
+        lr_scheduler_type="constant",
+        ogpsa={} if protected else False,
+    )
+    with pytest.raises(OGPSAError, match="not finite|diverged"):
+        _run(raw)
+    assert (tmp_path / "out/evaluations/base.json").is_file()
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_arguments_that_trl_refuses_are_one_line(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, bf16=True, fp16=True)
+    with pytest.raises(ConfigError, match="the training arguments are refused"):
+        _run(raw)
+
+
+# ------------------------------------------------------------------------------------ stage data
+
+
+def test_rows_of_any_format_train_on_the_answer_only(
+    tmp_path: Path, tiny_folder: Path, tiny_tokenizer: Any
+) -> None:
+    rows = write_rows(
+        tmp_path / "mixed.jsonl",
+        [
+            {"prompt": "a?", "response": "yes"},
+            {"question": "b?", "answer": "no"},
+            {"instruction": "c", "input": "d", "output": "e"},
+            {"messages": [{"role": "user", "content": "f"}, {"role": "assistant", "content": "g"}]},
+        ],
+    )
+    stage = parse_recipe(tiny_recipe(tmp_path, tiny_folder, dataset_name=rows)).stages[0]
+    found = checked_rows(stage, tiny_tokenizer)
+    assert [row["completion"] for row in found] == [
+        [{"role": "assistant", "content": answer}] for answer in ("yes", "no", "e", "g")
+    ]
+    assert found[2]["prompt"] == [{"role": "user", "content": "c\n\nd"}]
+
+
+def test_a_limit_draws_rows_with_the_seed(tmp_path: Path, tiny_folder: Path) -> None:
+    rows = write_rows(
+        tmp_path / "many.jsonl", [{"prompt": f"{i}?", "completion": "no"} for i in range(50)]
+    )
+    base = tiny_recipe(tmp_path, tiny_folder, dataset_name=rows, dataset_limit=5)
+
+    def drawn(seed: int) -> list[str]:
+        stage = parse_recipe({**base, "seed": seed}).stages[0]
+        return [row["prompt"][0]["content"] for row in checked_rows(stage, None)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert len(drawn(1)) == 5
+
+
+def test_preference_rows_say_how_to_do_without_pairs(tmp_path: Path, tiny_folder: Path) -> None:
+    stage = parse_recipe(tiny_recipe(tmp_path, tiny_folder, trainer="dpo")).stages[0]
+    with pytest.raises(DataError, match=r"row 1.*`rejected: base`"):
+        checked_rows(stage, None)
+
+
+def test_base_answers_that_refuse_make_no_pair(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe(
+        tiny_recipe(tmp_path, tiny_folder, trainer="dpo", rejected="base", max_length=64)
+    )
+    model, tokenizer = load_base(recipe)
+    texts = ["Sure, here is how.", "I'm sorry, but I can't help with that.", "", "First, you"]
+
+    def answers(model: Any, tokenizer: Any, prompts: Any, **kwargs: Any) -> list[list[int]]:
+        assert len(prompts) == len(texts) and kwargs["max_new_tokens"] == 64
+        return [tokenizer(text)["input_ids"] for text in texts]
+
+    monkeypatch.setattr("lora_ogpsa.answers.own_answers", answers)
+    rows = checked_rows(recipe.stages[0], tokenizer)
+    found = training_rows(recipe.stages[0], rows, model, tokenizer)
+    assert [row["rejected"][0]["content"] for row in found] == [texts[0], texts[3]]
+    assert all(row["chosen"][0]["content"] == "I can't help with that." for row in found)
+
+    texts[0] = texts[3] = "I cannot do that."
+    with pytest.raises(DataError, match="finds no preference pair"):
+        training_rows(recipe.stages[0], rows, model, tokenizer)
