@@ -1,36 +1,20 @@
 """FSDP2 in two real processes (gloo, CPU) against one process that shards nothing."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import fsdp_run
 import pytest
 import torch
 from ddp_run import build
+from launch import launch
 
 from lora_ogpsa import OGPSA
 from lora_ogpsa.errors import ProjectionError
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of the two processes found."""
     output = tmp_path_factory.mktemp("fsdp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(HERE / "fsdp_run.py"), str(output)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(output, "fsdp_run.py")
     return [torch.load(output / f"{rank}.pt") for rank in range(2)]
 
 

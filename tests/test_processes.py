@@ -1,31 +1,12 @@
 """Several real processes (gloo, CPU) against one process on the same examples."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-HERE = Path(__file__).parent
+from launch import launch
 
 
 def start(output, constraint, processes):
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes)]
-    command += [str(HERE / "ddp_run.py"), str(output), constraint]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(output, "ddp_run.py", constraint, processes=processes)
     return [torch.load(output / f"{constraint}-{processes}-{r}.pt") for r in range(processes)]
 
 

@@ -1,13 +1,9 @@
 """TRL's trainers: every step measured from outside, or the run refused with a reason."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
+from launch import launch
 from peft import LoraConfig
 from references import token_rows
 from test_callback import Watch, arguments
@@ -237,25 +233,13 @@ def test_reward_models_are_refused(tiny_tokenizer, tmp_path):
 # ------------------------------------------------------------------ several processes
 
 
-@pytest.mark.slow  # hung once in four runs, on a machine under heavy load; the cause is not known
 def test_trainer_in_two_processes(tmp_path):
     """DDP through the Trainer: both processes exact at every step, and alike at the end.
 
     `accelerate launch` starts one process on a CPU whatever it is asked for; on GPUs it calls the
     same launcher as here.
     """
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(here / "trainer_run.py"), str(tmp_path)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(tmp_path, "trainer_run.py")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["size"] == 2
     assert first["wrapped"] == "DistributedDataParallel"
