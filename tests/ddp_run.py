@@ -69,6 +69,9 @@ def main(output, constraint):
     saved["weights"] = ogpsa.space.read()
     torch.save(saved, f"{output}/{constraint}-{size}-{rank}.pt")
     if several:
+        # Freed after the process group, DDP's reducer holds the group's last reference: its threads
+        # are then joined under the GIL, which one of them may be waiting for (PyTorch 2.13).
+        del wrapped
         dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 trainer_run.py OUTPUT
 """
 
+import gc
 import sys
 
 import torch
@@ -14,7 +15,7 @@ from transformers import Trainer
 from lora_ogpsa import OGPSACallback, OGPSAConfig
 
 
-def main(output):
+def train(output):
     config = OGPSAConfig(constraint="orthogonal", rank=4, refresh_every=2, references_per_refresh=4)
     callback = OGPSACallback(config, token_references())
     watch = Watch(callback)
@@ -33,6 +34,11 @@ def main(output):
         },
         f"{output}/{dist.get_rank()}.pt",
     )
+
+
+def main(output):
+    train(output)
+    gc.collect()  # frees the DDP wrapper before its process group; see ddp_run.py
     dist.destroy_process_group()
 
 
