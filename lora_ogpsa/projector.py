@@ -302,7 +302,7 @@ class OGPSA:
     # ------------------------------------------------------------------ state
 
     def save(self, folder: str | Path) -> None:
-        """Write everything a resumed run needs into `folder`: safetensors and JSON."""
+        """Write everything a resumed run needs into a safetensors file in `folder`."""
         tensors, facts = self.estimator.state_dict()
         tensors["typical"] = self._typical
         if self.metric is not None:

@@ -1,4 +1,4 @@
-"""What a projector has learned, on disk: safetensors and JSON, written whole or not at all."""
+"""What a projector has learned, on disk: one safetensors file, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from torch import Tensor
 from lora_ogpsa.errors import StateError
 
 FORMAT = 1
-TENSORS, FACTS = "ogpsa.safetensors", "ogpsa.json"
+STATE_FILE = "ogpsa.safetensors"
+# Key of the JSON values in the file's metadata: in a file of their own they could belong to other
+# tensors than those beside them, after a kill between two writes.
+_FACTS = "ogpsa"
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write the state into `folder`, which exists.
+    """Write tensors and JSON values into `folder`, which is made if it is not there.
 
-    Both files are written under other names first; the JSON file, without which a state is not
-    read, appears last. A process killed at any moment leaves either a whole state or none.
+    The file is written under another name first. A process killed at any moment leaves the whole
+    new state or the whole earlier one.
     """
     from safetensors.torch import save_file
 
+    folder.mkdir(parents=True, exist_ok=True)
     named = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    partial = folder / f".{TENSORS}.partial"
-    save_file(named, partial)
-    _flush(partial)
-    os.replace(partial, folder / TENSORS)
-    partial = folder / f".{FACTS}.partial"
-    partial.write_text(json.dumps({"format": FORMAT, **facts}, indent=1))
-    _flush(partial)
-    os.replace(partial, folder / FACTS)
+    partial = folder / f".{STATE_FILE}.partial"
+    save_file(named, partial, metadata={_FACTS: json.dumps({"format": FORMAT, **facts})})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, folder / STATE_FILE)
 
 
 def has_state(folder: Path) -> bool:
-    """Whether a whole state lies in `folder`."""
-    return (folder / FACTS).is_file() and (folder / TENSORS).is_file()
+    """Whether a state lies in `folder`."""
+    return (folder / STATE_FILE).is_file()
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,15 +46,15 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         StateError: there is none, it cannot be read, or it has a newer format.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not has_state(folder):
-        raise StateError(f"There is no OGPSA state in {folder} ({FACTS} and {TENSORS}).")
+        raise StateError(f"There is no OGPSA state in {folder} ({STATE_FILE}).")
     try:
-        facts = json.loads((folder / FACTS).read_text())
-        tensors = load_file(folder / TENSORS)
-    except (json.JSONDecodeError, SafetensorError, OSError) as error:
+        with safe_open(folder / STATE_FILE, "pt") as file:
+            facts = json.loads(file.metadata()[_FACTS])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
         raise StateError(
             f"The OGPSA state in {folder} cannot be read ({error}). Resume from an earlier "
             "checkpoint."
@@ -79,8 +80,3 @@ def require_equal(found: dict[str, Any], expected: dict[str, Any], what: str) ->
                 f"{found.get(key)!r} and is {expected.get(key)!r} now. Resume with what it was, or "
                 "start a new run."
             )
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

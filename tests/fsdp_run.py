@@ -9,6 +9,12 @@ import torch
 import torch.distributed as dist
 from ddp_run import CONFIGS, build
 from references import token_rows
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -63,6 +69,34 @@ def shard(model):
     return fully_shard(model, mesh=mesh)
 
 
+def resumed(folder, config, rank, size):
+    """The same five steps, stopped after three: saved, and gone on with by new objects."""
+    model = shard(build())
+    optimizer = adamw(model)
+    with OGPSA(model, optimizer, references(), config) as ogpsa:
+        steps(model, optimizer, range(3), rank, size)
+    if rank == 0:
+        ogpsa.save(folder)
+    weights = get_model_state_dict(model)
+    moments = get_optimizer_state_dict(model, optimizer)
+    dist.barrier()
+    model = shard(build())
+    optimizer = adamw(model)
+    set_model_state_dict(model, weights)
+    set_optimizer_state_dict(model, optimizer, moments)
+    with OGPSA(model, optimizer, references(), config) as ogpsa:
+        ogpsa.load(folder)
+        steps(model, optimizer, range(3, 5), rank, size)
+    return {"means": ogpsa.estimator.means, "weights": ogpsa.space.read()}
+
+
+def steps(model, optimizer, numbers, rank, size):
+    for step in numbers:
+        model(**batch(step, rank, size)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def refusal(action):
     try:
         action()
@@ -108,6 +142,10 @@ def main(output):
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     found = {name: train(shard(build()), config, rank, size) for name, config in RUNS.items()}
+    found["resumed"] = {
+        name: resumed(f"{output}/state-{name}", RUNS[name], rank, size)
+        for name in ("budget", "orthogonal")
+    }
     found["refused"] = {
         action.__name__: refusal(action)
         for action in (wrapped_after, swapped_after, text_references, hybrid_mesh)

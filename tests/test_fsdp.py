@@ -31,6 +31,13 @@ def test_the_projection_is_that_of_the_unsharded_update(ranks, name):
         assert float(first["residual"]) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["budget", "orthogonal"])
+def test_a_resumed_run_equals_the_uninterrupted_one(ranks, name):
+    for rank in ranks:
+        for key in ("weights", "means"):
+            assert torch.equal(rank["resumed"][name][key], rank[name][key]), key
+
+
 @pytest.mark.parametrize(
     ("action", "message"),
     [

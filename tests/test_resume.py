@@ -1,6 +1,5 @@
 """State on disk: a run that was stopped and resumed is the run that was not."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,9 +13,9 @@ from references import token_reference, token_rows, training_step
 from test_callback import arguments, token_dataset
 from transformers import Trainer
 
-from lora_ogpsa import OGPSA, OGPSACallback, OGPSAConfig, Reference
+from lora_ogpsa import OGPSA, OGPSACallback, OGPSAConfig, Reference, state
 from lora_ogpsa.errors import StateError
-from lora_ogpsa.state import FACTS, TENSORS, has_state, load_state, save_state
+from lora_ogpsa.state import STATE_FILE, has_state, load_state, save_state
 
 CONFIGS = {
     "budget": OGPSAConfig(budget=0.0),
@@ -138,15 +137,17 @@ def test_other_references_are_refused(tiny_peft, saved):
         attached(tiny_peft, refs=[token_reference("c", n=3), token_reference("b", n=6)]).load(saved)
 
 
-def test_a_newer_format_is_refused(tiny_peft, saved):
-    facts = json.loads((saved / FACTS).read_text())
-    (saved / FACTS).write_text(json.dumps({**facts, "format": 99}))
+def test_a_newer_format_is_refused(tiny_peft, saved, monkeypatch):
+    tensors, facts = load_state(saved)
+    with monkeypatch.context() as newer:
+        newer.setattr(state, "FORMAT", facts.pop("format") + 98)
+        save_state(saved, tensors, facts)
     with pytest.raises(StateError, match="format 99.*Update lora_ogpsa"):
         attached(tiny_peft).load(saved)
 
 
 def test_a_torn_file_is_refused(tiny_peft, saved):
-    (saved / TENSORS).write_bytes((saved / TENSORS).read_bytes()[:50])
+    (saved / STATE_FILE).write_bytes((saved / STATE_FILE).read_bytes()[:50])
     with pytest.raises(StateError, match="cannot be read.*earlier checkpoint"):
         attached(tiny_peft).load(saved)
 
@@ -160,7 +161,7 @@ def test_resuming_without_a_state_warns_and_protects(tiny_peft, tmp_path, caplog
     config = CONFIGS["budget"]
     trained(tiny_peft, tmp_path, config, steps=4)
     checkpoint = tmp_path / "checkpoint-4"
-    (checkpoint / FACTS).unlink()
+    (checkpoint / STATE_FILE).unlink()
     _, callback = trained(tiny_peft, tmp_path, config, steps=6, resume=str(checkpoint))
     assert "no OGPSA state" in caplog.text
     assert callback.ogpsa.steps == 6
@@ -180,8 +181,8 @@ def test_killed_while_saving_leaves_the_previous_checkpoint(tmp_path):
             (base / name).mkdir()
         save_state(base / "checkpoint-1", {{"x": torch.ones(3)}}, {{"steps": 1}})
         write = safetensors.torch.save_file
-        def torn(tensors, path):
-            write(tensors, path)
+        def torn(tensors, path, metadata):
+            write(tensors, path, metadata)
             with open(path, "r+b") as file:
                 file.truncate(20)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -204,4 +205,4 @@ def test_a_state_is_replaced_as_a_whole(tmp_path):
     save_state(tmp_path, {"x": torch.zeros(1)}, {"steps": 2})
     tensors, facts = load_state(tmp_path)
     assert (facts["steps"], float(tensors["x"])) == (2, 0.0)
-    assert sorted(p.name for p in Path(tmp_path).iterdir()) == [FACTS, TENSORS]
+    assert sorted(p.name for p in Path(tmp_path).iterdir()) == [STATE_FILE]
