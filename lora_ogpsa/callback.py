@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,23 @@ class OGPSACallback(TrainerCallback):
         self.ogpsa = OGPSA(
             kwargs["model"],
             kwargs["optimizer"],
-            self.references,
+            self._references(args),
             self.config,
             processing_class=kwargs.get("processing_class"),
             cache=self.cache or cache_dir(),
         )
         if state.global_step > 0:
             self._resume(args, state.global_step)
+
+    def _references(self, args: TrainingArguments) -> list[Reference] | None:
+        """The references, with the trainer's own `beta` in preference losses that name none."""
+        beta = getattr(args, "beta", None)
+        if self.references is None or beta is None:
+            return self.references
+        return [
+            replace(r, beta=beta) if r.loss == "dpo" and r.beta is None else r
+            for r in self.references
+        ]
 
     def _resume(self, args: TrainingArguments, step: int) -> None:
         """Go on from the state beside the checkpoint that the Trainer has just loaded."""

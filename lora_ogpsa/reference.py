@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_ogpsa import data
-from lora_ogpsa.answers import base_mode, own_answers
+from lora_ogpsa.answers import base_mode, own_answers, reference_policy
 from lora_ogpsa.errors import ConfigError, DataError
 
 Loss = Literal["kl", "distill", "sft", "dpo"]
 Tokens = tuple[list[int], list[int]]
 _LOSSES = ("kl", "distill", "sft", "dpo")
+_DEFAULT_BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Reference:
         limit: most rows used, drawn at random with `seed`.
         max_length: longest example, in tokens; longer answers are cut.
         max_new_tokens: length of the base model's own answers, in tokens.
-        beta: of the preference loss.
+        beta: of the preference loss. ``None`` takes that of the `DPOTrainer` it is attached to,
+            and 0.1 elsewhere.
         seed: of the draw of `limit` rows.
 
     Raises:
@@ -65,7 +68,7 @@ class Reference:
     limit: int | None = 128
     max_length: int = 512
     max_new_tokens: int = 64
-    beta: float = 0.1
+    beta: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,8 +78,8 @@ class Reference:
                 f"Reference `{self.name}`: `loss` should be one of {list(_LOSSES)}. Found "
                 f"{self.loss!r}."
             )
-        positive = ("weight", "max_length", "max_new_tokens", "beta")
-        optional = ("budget", "first_tokens", "limit")
+        positive = ("weight", "max_length", "max_new_tokens")
+        optional = ("budget", "first_tokens", "limit", "beta")
         for name in (*positive, *optional):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -244,7 +247,8 @@ class Objective:
 
         Returns:
             Losses [B] with their graph, and excess over the base model [B], detached, both in
-            nats per token (per pair for ``"dpo"``).
+            nats per token. For ``"dpo"`` both are per pair, and the excess is over the policy that
+            the loss compares with.
         """
         chosen = [i * self.fold + part for part in range(self.fold) for i in indices]
         batch = _left_padded([self.sequences[i] for i in chosen])
@@ -258,31 +262,37 @@ class Objective:
             divergence = (base.exp() * (base - current)).sum(-1)
             losses = self._token_mean(divergence, batch["answer"])
             return losses, losses.detach()
-        losses = self._plain_losses(model, batch, indices)
+        if kind == "dpo":
+            losses = self._preference(model, batch)
+            # A policy compared with itself prefers neither.
+            return losses, losses.detach() - math.log(2)
+        losses = self._likelihood(model, batch)
         unseen = [i for i in indices if i not in self._base]
         if unseen:
             with torch.no_grad(), base_mode(model):
-                found = self._plain_losses(model, batch, indices).detach()
+                found = self._likelihood(model, batch).detach()
             self._base.update(zip(indices, found, strict=True))
         base_losses = torch.stack([self._base[i] for i in indices])
         return losses, losses.detach() - base_losses
 
     # ------------------------------------------------------------------ the losses themselves
 
-    def _plain_losses(
-        self, model: nn.Module, batch: dict[str, Tensor], indices: Sequence[int]
-    ) -> Tensor:
+    def _likelihood(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return self._token_mean(-self._token_log_probs(model, batch), batch["answer"])
+
+    def _preference(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The sigmoid loss of Rafailov et al. 2023 (2305.18290), eq. 7."""
+        current = self._token_log_probs(model, batch)
+        with torch.no_grad(), reference_policy(model):
+            before = self._token_log_probs(model, batch)
+        won, lost = ((current - before) * batch["answer"]).sum(-1).unflatten(0, (2, -1))
+        beta = _DEFAULT_BETA if self.reference.beta is None else self.reference.beta
+        return -functional.logsigmoid(beta * (won - lost))
+
+    def _token_log_probs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Log-probability of every answer token [B, answer length]."""
         scores = self._log_probs(model, batch)
-        log_probs = scores.gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
-        if self.reference.loss != "dpo":
-            return self._token_mean(-log_probs, batch["answer"])
-        with torch.no_grad(), base_mode(model):
-            base = self._log_probs(model, batch)
-            base = base.gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
-        # Rafailov et al. 2023, eq. 7, with the base model as the reference policy.
-        ratio = ((log_probs - base) * batch["answer"]).sum(-1)
-        won, lost = ratio.unflatten(0, (2, len(indices)))
-        return -functional.logsigmoid(self.reference.beta * (won - lost))
+        return scores.gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
 
     def _log_probs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Log-probabilities [B, answer length, vocabulary], float32, of the answer positions."""

@@ -105,18 +105,25 @@ def test_dpo_after_sft_compares_with_a_frozen_copy(tiny_peft, tiny_tokenizer, tm
     assert model.active_adapters == ["default"]
 
 
-def test_dpo_reference_is_the_trainers_own_loss(tiny_model, tiny_tokenizer, tmp_path):
-    """On the trainer's tokens, with its beta, it has the trainer's loss and gradient."""
+@pytest.mark.parametrize("continued", [False, True])
+def test_dpo_reference_is_the_trainers_own_loss(
+    tiny_model, tiny_peft, tiny_tokenizer, tmp_path, continued
+):
+    """On the trainer's tokens, with its beta, it has the trainer's loss and gradient.
+
+    Also where training goes on from an adapter, and TRL compares with a frozen copy of it.
+    """
     trainer = DPOTrainer(
-        tiny_model(),
+        tiny_peft(warm=True) if continued else tiny_model(),
         args=arguments(tmp_path, DPOConfig, beta=0.2, bf16=False, gradient_checkpointing=False),
         train_dataset=Dataset.from_list(PREFERENCES[:2]),
         processing_class=tiny_tokenizer,
-        peft_config=LoraConfig(**LORA),
+        peft_config=None if continued else LoraConfig(**LORA),
     )
     model = trainer.model
+    assert ("ref" in model.peft_config) is continued
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name and ".ref." not in name:
             parameter.data.normal_(std=0.05)
     model.eval()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -134,10 +141,29 @@ def test_dpo_reference_is_the_trainers_own_loss(tiny_model, tiny_tokenizer, tmp_
     reference = Reference("own", PREFERENCES[:2], loss="dpo", beta=0.2)
     losses, excess = Objective(reference, tokens, model).losses(model, [0, 1])
     torch.testing.assert_close(losses.mean(), theirs, rtol=1e-4, atol=1e-5)
-    # Against the base model itself the loss is log 2, whatever the pair.
+    # Of the policy compared with itself the loss is log 2, whatever the pair.
     torch.testing.assert_close(excess, losses.detach() - torch.tensor(2.0).log())
     for mine, other in zip(torch.autograd.grad(losses.mean(), trainable), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+    assert model.active_adapters == ["default"]
+    assert [p for p in model.parameters() if p.requires_grad] == trainable
+
+
+def test_preference_references_take_the_trainers_beta(tiny_model, tiny_tokenizer, tmp_path):
+    trainer = DPOTrainer(
+        tiny_model(),
+        args=arguments(tmp_path, DPOConfig, beta=0.3, bf16=False, max_steps=1),
+        train_dataset=Dataset.from_list(PREFERENCES),
+        processing_class=tiny_tokenizer,
+        peft_config=LoraConfig(**LORA),
+    )
+    references = [
+        Reference("theirs", PREFERENCES, loss="dpo"),
+        Reference("own", PREFERENCES, loss="dpo", beta=0.05),
+    ]
+    callback = OGPSACallback(references=references).attach(trainer)
+    trainer.train()
+    assert [o.reference.beta for o in callback.ogpsa.estimator.objectives] == [0.3, 0.05]
 
 
 def test_sft_then_dpo_each_with_its_own_settings(tiny_model, tiny_tokenizer, tmp_path):
