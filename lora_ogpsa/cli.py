@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import functools
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
-from lora_ogpsa.errors import OGPSAError
-
-FAILED, INTERRUPTED = 2, 130
+from lora_ogpsa.cli_errors import fail, one_line_errors
 
 app = typer.Typer(
     name="lora-ogpsa",
@@ -29,6 +24,24 @@ app = typer.Typer(
 )
 
 
+_Smoke = Annotated[
+    bool, typer.Option("--smoke", help="A few steps and prompts, to see that it all works.")
+]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan and the memory it needs; do nothing.")
+]
+_Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable."),
+]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the earlier results in the folder first.")
+]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what was interrupted; finished parts stay.")
+]
+
+
 def main() -> None:
     """Entry point of the console script."""
     # Threads that spin while they wait for one another make a CPU that is shared with other work
@@ -37,81 +50,18 @@ def main() -> None:
     app()
 
 
-def _one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn foreseen failures into one line on standard error; others keep their traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except OGPSAError as error:
-            _fail(str(error))
-        except KeyboardInterrupt as error:
-            typer.echo(str(error) or "interrupted. Nothing was saved.", err=True)
-            raise typer.Exit(INTERRUPTED) from None
-        except Exception as error:
-            reason = _foreseen(error)
-            if reason is None:
-                raise
-            _fail(reason)
-
-    return wrapped
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(FAILED) from None
-
-
-def _foreseen(error: BaseException) -> str | None:
-    """What went wrong, if it is the machine's limits; libraries wrap these in errors of theirs."""
-    for cause in _chain(error):
-        text = str(cause)
-        full = getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in text
-        # torch.save hides the cause and complains about its own file positions.
-        if full or "inline_container.cc" in text:
-            return (
-                f"the disk is full ({getattr(cause, 'filename', None) or 'while writing results'})."
-                " What was finished before is intact. Free some space and repeat the command with "
-                "--resume, or choose another --output-dir."
-            )
-        if type(cause).__name__ == "OutOfMemoryError":
-            return (
-                "out of memory. Lower `per_device_train_batch_size` or `max_length`, set "
-                "`gradient_checkpointing: true`, or load the model with `load_in_4bit: true`."
-            )
-    return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 @app.command()
-@_one_line_errors
+@one_line_errors
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file; docs/recipes.md explains its keys.")],
-    smoke: Annotated[
-        bool, typer.Option("--smoke", help="A few steps and prompts, to see that it all works.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and the memory it needs; do nothing.")
-    ] = False,
+    smoke: _Smoke = False,
+    dry_run: _DryRun = False,
     output_dir: Annotated[
         Path | None, typer.Option(help="Where results go, instead of the recipe's `output_dir`.")
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the results of an earlier run first.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
-    ] = False,
+    changes: _Changes = None,
+    overwrite: _Overwrite = False,
+    resume: _Resume = False,
 ) -> None:
     """Align a model as a recipe says: evaluate, train, evaluate, merge, report.
 
@@ -124,7 +74,7 @@ def run(
         lora-ogpsa run recipes/llama3_8b_sft_24gb.yaml --dry-run
     """
     if overwrite and resume:
-        _fail("--overwrite deletes the run that --resume goes on with. Pass one of them.")
+        fail("--overwrite deletes the run that --resume goes on with. Pass one of them.")
     if dry_run:
         # A plan downloads nothing; read when the libraries are imported.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -146,7 +96,91 @@ def run(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; docs/comparing.md explains more.")],
+    rules: Annotated[
+        str | None,
+        typer.Option(help="Which update rules, such as `plain,default`. Default: the recipe's."),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Which seeds, such as `0,1,2`. Default: the recipe's.")
+    ] = None,
+    smoke: _Smoke = False,
+    dry_run: _DryRun = False,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where results go. Default: `output_dir`-compare.")
+    ] = None,
+    changes: _Changes = None,
+    overwrite: _Overwrite = False,
+    resume: _Resume = False,
+) -> None:
+    """Train a recipe under several update rules and seeds, and compare them at equal safety.
+
+    Built-in rules: `plain` (no projection), `default` (the recipe's own settings), `paper` (the
+    published algorithm). A recipe can name more. Finished trainings are kept: with --resume, rules
+    and seeds can be added.
+
+    For example:
+
+        lora-ogpsa compare recipes/quickstart.yaml
+
+        lora-ogpsa compare recipes/quickstart.yaml --rules plain,default --seeds 0,1
+
+        lora-ogpsa compare recipes/quickstart.yaml --rules plain,default,paper --resume
+    """
+    if overwrite and resume:
+        fail("--overwrite deletes the comparison that --resume goes on with. Pass one of them.")
+    if dry_run:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    from lora_ogpsa.quiet import quiet_libraries
+
+    quiet_libraries()
+    from lora_ogpsa.compare import compare as compare_rules
+    from lora_ogpsa.compare import in_own_folder, plan_cells
+    from lora_ogpsa.compare_settings import parse_names, parse_seeds
+    from lora_ogpsa.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides=changes or (), smoke=smoke, output_dir=output_dir)
+    if output_dir is None:
+        checked = in_own_folder(checked)
+    chosen = None if rules is None else parse_names(rules)
+    numbers = None if seeds is None else parse_seeds(seeds)
+    if smoke and numbers is None:
+        numbers = list(checked.comparison.seeds[:1])
+    if dry_run:
+        from lora_ogpsa.console import out
+        from lora_ogpsa.plan import make_plan, render
+
+        cells = plan_cells(checked, rules=chosen, seeds=numbers)
+        out.print(render(make_plan(checked), cells), soft_wrap=True)
+        return
+    compare_rules(checked, rules=chosen, seeds=numbers, overwrite=overwrite, resume=resume)
+
+
+@app.command()
+@one_line_errors
+def report(
+    folder: Annotated[Path, typer.Argument(help="Output folder of `run` or `compare`.")],
+) -> None:
+    """Write the report of a run or a comparison again, from what lies in its folder.
+
+    One HTML page that loads nothing, and the same as Markdown with pictures beside it.
+
+    For example:
+
+        lora-ogpsa report outputs/quickstart
+    """
+    from lora_ogpsa.quiet import quiet_libraries
+
+    quiet_libraries()
+    from lora_ogpsa.report import write_report
+
+    typer.echo(f"report: {write_report(folder)}", err=True)
+
+
+@app.command()
+@one_line_errors
 def evaluate(
     model: Annotated[str, typer.Argument(help="Adapter folder, model folder, hub id, `embedded`.")],
     recipe: Annotated[
@@ -181,7 +215,7 @@ def evaluate(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def merge(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder of the merged model.")],
@@ -234,7 +268,7 @@ def merge(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def export(
     model: Annotated[Path, typer.Argument(help="Merged model's folder, or an adapter's.")],
     output: Annotated[Path, typer.Argument(help="GGUF file to write.")],
@@ -262,7 +296,7 @@ def export(
 
     if (model / "adapter_config.json").is_file():
         if modelfile:
-            _fail("--modelfile needs a merged model's folder. Merge first: lora-ogpsa merge.")
+            fail("--modelfile needs a merged model's folder. Merge first: lora-ogpsa merge.")
         export_lora_gguf(model, output, type=type or "f16", overwrite=overwrite)
     else:
         bars = err.is_terminal

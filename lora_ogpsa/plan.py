@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -19,6 +20,9 @@ from lora_ogpsa.memory import ModelSize, estimate, model_size
 from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.reference import Reference
 from lora_ogpsa.stage_data import checked_rows
+
+if TYPE_CHECKING:
+    from lora_ogpsa.compare_cells import Cell
 
 # Where no tokenizer is at hand.
 _CHARACTERS_PER_TOKEN = 4
@@ -175,8 +179,13 @@ def _mean_tokens(texts: list[str], tokenizer: Any | None) -> int:
 # ------------------------------------------------------------------------------------ rendering
 
 
-def render(plan: Plan) -> RenderableType:
-    """The plan as text and tables."""
+def render(plan: Plan, cells: Sequence[Cell] = ()) -> RenderableType:
+    """The plan as text and tables.
+
+    Args:
+        plan: the plan.
+        cells: of a comparison, if the recipe is to be trained in one.
+    """
     recipe, model = plan.recipe, plan.recipe.model
     bits = "4-bit " + model["bnb_4bit_quant_type"].upper() if model["load_in_4bit"] else "16/32-bit"
     parts: list[RenderableType] = [
@@ -186,10 +195,7 @@ def render(plan: Plan) -> RenderableType:
             f"{model['lora_target_modules']}"
         ),
         Text(f"output    {recipe.output_dir}"),
-        Text(
-            f"runs      {' and '.join(recipe.arms)}"
-            + (f"; merged in {recipe.merge}" if recipe.merge else "")
-        ),
+        *_run_lines(recipe, cells),
     ]
     if recipe.evaluation is not None:
         measures = ", ".join(
@@ -202,6 +208,21 @@ def render(plan: Plan) -> RenderableType:
         parts += _stage_lines(stage)
     parts += _memory_lines(plan)
     return Group(*parts)
+
+
+def _run_lines(recipe: Recipe, cells: Sequence[Cell]) -> list[RenderableType]:
+    if not cells:
+        merged = f"; merged in {recipe.merge}" if recipe.merge else ""
+        return [Text(f"runs      {' and '.join(recipe.arms)}{merged}")]
+    rules = ", ".join(dict.fromkeys(cell.rule for cell in cells))
+    seeds = ", ".join(map(str, dict.fromkeys(cell.seed for cell in cells)))
+    trainings = len(cells) * len(recipe.stages)
+    evaluations = 1 + trainings * cells[0].checkpoints
+    return [
+        Text(f"rules     {rules}"),
+        Text(f"seeds     {seeds}"),
+        Text(f"in all    {trainings} trainings and up to {evaluations} evaluations"),
+    ]
 
 
 def _stage_lines(plan: StagePlan) -> list[RenderableType]:

@@ -124,7 +124,8 @@ class OGPSA:
         self._skipped = False
         self._armed = False
         self._nested = False
-        self._logs = StepLogs()
+        #: Running sums of what happens in steps and refreshes.
+        self.logs = StepLogs()
         self._handles: list[Any] = []
         self.attach()
 
@@ -224,7 +225,7 @@ class OGPSA:
         # The constraints speak of a step, and the step goes against the gradient.
         flat.neg_()
         fix = self._correction(flat, None)
-        self._logs.removed(fix, flat)
+        self.logs.removed(fix, flat)
         flat.add_(fix).neg_()
         for view, grad in held:
             if grad is not None:
@@ -243,7 +244,7 @@ class OGPSA:
             self._moved = safeguards.check_movement(self.space, self.optimizer, step)
         self._typical.lerp_(step.norm(), 1.0 if self.steps == 0 else _TYPICAL_SHARE)
         fix = self._correction(step, weights)
-        self._logs.removed(fix, step)
+        self.logs.removed(fix, step)
         self.space.add(fix)
 
     # ------------------------------------------------------------------ the rule
@@ -287,7 +288,7 @@ class OGPSA:
         seen = self.estimator.refresh()
         if self.config.restoration > 0 and seen.losses:
             self._restore()
-        self._logs.refreshed(seen, time.perf_counter() - began)
+        self.logs.refreshed(seen, time.perf_counter() - began)
         return seen
 
     def _restore(self) -> None:
@@ -356,4 +357,4 @@ class OGPSA:
         ``captured_energy``, ``refresh_seconds`` (sum), and per reference ``loss/<name>`` and
         ``excess/<name>``.
         """
-        return self._logs.pop()
+        return self.logs.pop()

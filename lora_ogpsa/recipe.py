@@ -8,10 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_ogpsa.compare_settings import CompareSettings, parse_compare
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.recipe_file import as_mapping, read_recipe_file
 from lora_ogpsa.recipe_keys import check_known, defaults, names, take
+from lora_ogpsa.recipe_sections import (
+    check_unique,
+    parse_evaluation,
+    parse_ogpsa,
+    parse_references,
+)
 
 if TYPE_CHECKING:
     from lora_ogpsa.evaluation import EvaluationSuite
@@ -79,6 +86,7 @@ class Recipe:
         output_dir: folder of everything a run writes.
         evaluation: what is measured; ``None`` measures nothing.
         compare: repeat the run without projection, for comparison.
+        comparison: what ``lora-ogpsa compare`` does.
         merge: dtype of the merged model that is written and verified; ``None`` merges nothing.
     """
 
@@ -89,6 +97,7 @@ class Recipe:
     output_dir: Path
     evaluation: EvaluationSuite | None = None
     compare: bool = False
+    comparison: CompareSettings = field(default_factory=CompareSettings)
     merge: str | None = None
 
     @property
@@ -105,7 +114,7 @@ class _RecipeKeys:
 
     output_dir: str = ""
     evaluation: Any = None
-    compare: bool = False
+    compare: bool | dict = False
     merge: bool | MergeType = False
     stages: Any = None
 
@@ -180,21 +189,23 @@ def parse_recipe(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
         own = {k: v for k, v in given.items() if k in known} | overlay
         own.setdefault("name", f"{index + 1}-{kind}" if several else kind)
         stages.append(_stage(own, kind, place))
-    _check_unique([stage.name for stage in stages], source)
+    check_unique([stage.name for stage in stages], source)
     compare = top.get("compare", False)
-    if compare and all(stage.ogpsa is None for stage in stages):
+    if compare is not False and all(stage.ogpsa is None for stage in stages):
         raise ConfigError(
-            f"{source}: `compare: true` repeats the run without projection, and `ogpsa: false` "
-            "leaves nothing to compare with. Leave one of the two out."
+            f"{source}: `compare` puts training without projection beside the run, and `ogpsa: "
+            "false` leaves nothing to compare with. Leave one of the two out."
         )
+    evaluation = parse_evaluation(top.get("evaluation"), f"{source}, evaluation")
     return Recipe(
         source=source,
         raw=dict(raw),
         model=model,
         stages=tuple(stages),
         output_dir=Path(top["output_dir"]),
-        evaluation=_evaluation(top.get("evaluation"), f"{source}, evaluation"),
-        compare=compare,
+        evaluation=evaluation,
+        compare=compare is not False,
+        comparison=parse_compare(compare, f"{source}, compare", evaluation),
         merge={True: "bfloat16", False: None}.get(merge := top.get("merge", False), merge),
     )
 
@@ -247,71 +258,7 @@ def _stage(given: dict[str, Any], kind: Trainer, place: str) -> Stage:
     return Stage(
         trainer=kind,
         training=training,
-        ogpsa=_ogpsa(own.get("ogpsa"), f"{place}, ogpsa"),
-        references=_references(own.get("references"), f"{place}, references"),
+        ogpsa=parse_ogpsa(own.get("ogpsa"), f"{place}, ogpsa"),
+        references=parse_references(own.get("references"), f"{place}, references"),
         **settings,
     )
-
-
-def _ogpsa(given: Any, place: str) -> OGPSAConfig | None:
-    if given is False:
-        return None
-    given = {} if given in (None, True) else as_mapping(given, place)
-    check_known(given, names(OGPSAConfig), place)
-    try:
-        return OGPSAConfig.from_dict(given)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from error
-
-
-def _references(given: Any, place: str) -> tuple[Reference, ...]:
-    from lora_ogpsa.reference import Reference, default_references
-
-    if given is None:
-        return tuple(default_references())
-    if not isinstance(given, list) or not given:
-        raise ConfigError(
-            f"{place}: should be a list of at least one mapping, such as {{name: general, data: "
-            f"embedded:harmless}}. Found {given!r}."
-        )
-    made = []
-    for index, item in enumerate(given):
-        where = f"{place}[{index}]"
-        item = as_mapping(item, where)
-        check_known(item, names(Reference), where)
-        if not isinstance(item.get("data", ""), str) or not isinstance(item.get("name"), str):
-            raise ConfigError(
-                f"{where}: a reference needs a `name` and, in `data`, the name of a file or data "
-                f"set. Found name={item.get('name')!r}, data={item.get('data')!r}."
-            )
-        try:
-            made.append(Reference(**take(item, Reference, where)))
-        except ConfigError as error:
-            raise ConfigError(
-                error.args[0] if where in str(error) else f"{where}: {error}"
-            ) from error
-    _check_unique([reference.name for reference in made], place)
-    return tuple(made)
-
-
-def _evaluation(given: Any, place: str) -> EvaluationSuite | None:
-    from lora_ogpsa.evaluation import EvaluationSuite, MeasureSpec
-
-    if given is False:
-        return None
-    section = {} if given in (None, True) else as_mapping(given, place)
-    check_known(section, names(EvaluationSuite), place)
-    section.setdefault("measures", EvaluationSuite.default().measures)
-    for name, spec in as_mapping(section["measures"], f"{place}, measures").items():
-        if isinstance(spec, Mapping):
-            check_known(spec, names(MeasureSpec), f"{place}, measures.{name}")
-    try:
-        return EvaluationSuite.from_dict(section)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from error
-
-
-def _check_unique(found: list[str], place: str) -> None:
-    twice = next((name for name in found if found.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"{place}: the name {twice!r} is given twice.")

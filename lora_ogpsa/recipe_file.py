@@ -159,8 +159,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if isinstance(target, list):
             target = target[_index(target, part, override)]
         else:
-            if target.get(part) is None:
-                target[part] = {}
+            if target.get(part) is None or target[part] is True:
+                target[part] = {}  # `true` switches a section on with its defaults
             target = target[part]
         if not isinstance(target, dict | list):
             here = ".".join(path[: depth + 1])

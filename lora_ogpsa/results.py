@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -25,6 +26,13 @@ _TITLES = {
 ARM_TITLES = {"base": "base", "plain": "plain", "ogpsa": "OGPSA"}
 
 Columns = Mapping[str, EvaluationResult]
+
+
+def save_result(result: EvaluationResult, path: Path) -> None:
+    """Write an evaluation as JSON, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    result.save(partial)
+    partial.replace(path)
 
 
 def column_title(part: str, stages: int) -> str:
@@ -52,7 +60,7 @@ def results_table(columns: Columns) -> Table:
     table.add_column("n", justify="right")
     for heading in columns:
         table.add_column(heading, justify="right")
-    for row in _rows(columns):
+    for row in measure_rows(columns):
         table.add_row(*row)
     return table
 
@@ -65,7 +73,7 @@ def results_markdown(columns: Columns) -> str:
     ]
     lines += [
         "| " + " | ".join(cell.replace("  ", "&nbsp;&nbsp;") for cell in row) + " |"
-        for row in _rows(columns)
+        for row in measure_rows(columns)
     ]
     return "\n".join(lines)
 
@@ -73,15 +81,20 @@ def results_markdown(columns: Columns) -> str:
 def differences_markdown(before: EvaluationResult, after: EvaluationResult) -> str:
     """Paired differences of the measures that both results have, in Markdown."""
     lines = ["| measure | difference | 95 % interval |", "|---|---:|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in difference_rows(before, after)]
+    return "\n".join(lines)
+
+
+def difference_rows(before: EvaluationResult, after: EvaluationResult) -> list[list[str]]:
+    """Paired differences of the measures that both results have: (measure, value, interval)."""
+    rows = []
     for name, found in differences(before, after).items():
         unit = after.measures[name].unit
         scale, digits, sign = (100.0, 0, " points") if unit == "share" else (1.0, 3, "")
         value, low, high = (scale * v for v in (found.value, found.low, found.high))
-        lines.append(
-            f"| {_title(name)} | {value:+.{digits}f}{sign} | "
-            f"[{low:+.{digits}f}, {high:+.{digits}f}] |"
-        )
-    return "\n".join(lines)
+        interval = f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+        rows.append([measure_title(name), f"{value:+.{digits}f}{sign}", interval])
+    return rows
 
 
 def sample_answers(columns: Columns, *, per_kind: int = 1) -> list[tuple[str, str, dict[str, str]]]:
@@ -135,7 +148,7 @@ def differences_json(before: EvaluationResult, after: EvaluationResult) -> dict[
 def card_evaluation(before: EvaluationResult, after: EvaluationResult) -> dict[str, Any]:
     """What the model card of an adapter says about its evaluation."""
     return {
-        _title(name).strip(): {
+        measure_title(name).strip(): {
             "before": _cell(before.measures.get(name), name, before),
             "after": _cell(measure, name, after),
         }
@@ -143,7 +156,8 @@ def card_evaluation(before: EvaluationResult, after: EvaluationResult) -> dict[s
     }
 
 
-def _rows(columns: Columns) -> list[list[str]]:
+def measure_rows(columns: Columns) -> list[list[str]]:
+    """The rows of the table of results: measure, number of prompts, a cell per column."""
     names = list(dict.fromkeys(n for result in columns.values() for n in result.measures))
     order = list(_TITLES)
     names.sort(key=lambda n: order.index(n) if n in order else len(order))
@@ -151,12 +165,19 @@ def _rows(columns: Columns) -> list[list[str]]:
     for name in names:
         sizes = {r.measures[name].n for r in columns.values() if name in r.measures}
         cells = [_cell(r.measures.get(name), name, r) for r in columns.values()]
-        rows.append([_title(name), str(max(sizes)), *cells])
+        rows.append([measure_title(name), str(max(sizes)), *cells])
     return rows
 
 
-def _title(name: str) -> str:
-    return _TITLES.get(name, name)
+def measure_title(name: str, *, arrow: bool = True) -> str:
+    """What a measure is called for readers.
+
+    Args:
+        name: of the measure.
+        arrow: with an arrow that shows which way is better, and an indent for parts of another.
+    """
+    title = _TITLES.get(name, name)
+    return title if arrow else title.rstrip(" ↑↓").strip()
 
 
 def _cell(measure: Measure | None, name: str, result: EvaluationResult) -> str:

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lora_ogpsa.console import err, out, say
-from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.evaluation import EvaluationResult, evaluate
 from lora_ogpsa.export import export_merged, write_model_card
 from lora_ogpsa.export.folder import staged_folder
 from lora_ogpsa.export.pipeline import REPORT_JSON
 from lora_ogpsa.export.quantisation import RUN_FILE
 from lora_ogpsa.measure import recipe_suite
+from lora_ogpsa.output_folder import claim_folder
 from lora_ogpsa.quiet import quiet_libraries
 from lora_ogpsa.recipe import Recipe, Stage
+from lora_ogpsa.report import HTML_FILE, REPORT_FILES, write_report
 from lora_ogpsa.results import (
     ARM_TITLES,
     card_evaluation,
     column_title,
     results_table,
     sample_answers,
+    save_result,
 )
 from lora_ogpsa.run_record import columns_of, merge_line, results_json, results_page
 from lora_ogpsa.stage_data import checked_rows
@@ -44,7 +43,16 @@ from lora_ogpsa.stages import (
 
 RECIPE_FILE = "recipe.yaml"
 # Everything a run puts into its folder, and all that --overwrite deletes.
-_OWN = (RECIPE_FILE, "runs", "evaluations", "adapter", "merged", "results.json", "results.md")
+_OWN = (
+    RECIPE_FILE,
+    "runs",
+    "evaluations",
+    "adapter",
+    "merged",
+    "results.json",
+    "results.md",
+    *REPORT_FILES,
+)
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -93,52 +101,16 @@ class _Run:
 
     def prepare(self, *, overwrite: bool, resume: bool) -> None:
         """Claim the output folder."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError(
-                "recipes run in one process, and this one was launched as one of several. Start "
-                "it with lora-ogpsa itself; for several GPUs use OGPSACallback in a script."
-            )
-        recipe_file = self.folder / RECIPE_FILE
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(f"`output_dir` {self.folder} is a file. Choose another folder.")
-        occupied = self.folder.exists() and any(self.folder.iterdir())
-        if occupied and resume:
-            self._check_same_recipe(recipe_file)
-        elif occupied and overwrite:
-            if not recipe_file.is_file():
-                raise ConfigError(
-                    f"{self.folder} is not the folder of an earlier run (it has no {RECIPE_FILE}), "
-                    "so --overwrite leaves it alone. Choose another `output_dir`."
-                )
-            for name in _OWN:
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        elif occupied:
-            raise ConfigError(
-                f"the output folder {self.folder} is not empty. Pass --resume to go on with the "
-                "run in it, --overwrite to delete that run, or --output-dir for another folder."
-            )
-        self.resume = resume
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(self.recipe.raw, sort_keys=False, allow_unicode=True)
-        write_text(recipe_file, text)
-
-    def _check_same_recipe(self, recipe_file: Path) -> None:
-        if not recipe_file.is_file():
-            raise ConfigError(
-                f"{self.folder} holds no {RECIPE_FILE}, so there is no run to resume in it."
-            )
-        earlier = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) or {}
-        now = yaml.safe_load(yaml.safe_dump(self.recipe.raw))
-        changed = sorted(
-            key for key in {*earlier, *now} - {"output_dir"} if earlier.get(key) != now.get(key)
+        claim_folder(
+            self.folder,
+            self.recipe.raw,
+            marker=RECIPE_FILE,
+            own=_OWN,
+            what="run",
+            overwrite=overwrite,
+            resume=resume,
         )
-        if changed:
-            keys = ", ".join(f"`{key}`" for key in changed)
-            raise ConfigError(
-                f"--resume goes on with the same recipe, but {keys} changed since {recipe_file}. "
-                "Undo that, or start anew with --overwrite."
-            )
+        self.resume = resume
 
     def interrupted(self) -> str:
         """What is saved, in one line."""
@@ -180,6 +152,7 @@ class _Run:
         if self.recipe.merge is not None:
             self._merge()
         content = self._report(finished=True)
+        write_report(self.folder)
         self._print(content)
         return content
 
@@ -236,9 +209,7 @@ class _Run:
         elif trained is None:
             trained = load_trained(self.recipe, adapter)
         result = evaluate(trained.model, trained.tokenizer, suite, base=adapter is None)
-        partial = path.with_name(f".{path.name}.partial")
-        result.save(partial)
-        partial.replace(path)
+        save_result(result, path)
         self.results[part] = result
         self._report()
 
@@ -307,3 +278,4 @@ class _Run:
         spent = ", ".join(f"{k.replace('_', ' ')} {v:.0f} s" for k, v in content["seconds"].items())
         say(f"time: {spent}")
         say(f"adapter, results and settings: {self.folder}")
+        say(f"report: {self.folder / HTML_FILE}")

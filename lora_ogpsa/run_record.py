@@ -62,7 +62,7 @@ def results_json(
         "recipe": recipe.raw,
         "seeds": {stage.name: stage.argument("seed") for stage in recipe.stages},
         "ogpsa": {s.name: s.ogpsa.to_dict() if s.ogpsa else None for s in recipe.stages},
-        "versions": {"lora-ogpsa": __version__, **_versions()},
+        "versions": versions(),
         "evaluation": {part: measures_json(result) for part, result in results.items()},
         "differences": {
             f"{after} - {before}": differences_json(results[before], results[after])
@@ -125,8 +125,9 @@ def _compared(recipe: Recipe, results: Mapping[str, EvaluationResult]) -> list[t
     return [pair for pair in pairs if pair[0] in results and pair[1] in results]
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Versions of this library and of those it works on."""
+    found = {"lora-ogpsa": __version__}
     for library in _LIBRARIES:
         try:
             found[library] = version(library)

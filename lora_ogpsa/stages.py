@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lora_ogpsa.console import StepDisplay, StopAtNonFinite
 from lora_ogpsa.errors import ConfigError, ModelError
 from lora_ogpsa.export.folder import staged_folder
@@ -15,6 +17,7 @@ from lora_ogpsa.export.quantisation import RUN_FILE, describe_quantisation
 from lora_ogpsa.models import cache_dir, load_model
 from lora_ogpsa.recipe import Recipe, Stage, training_class
 from lora_ogpsa.stage_data import training_rows
+from lora_ogpsa.training_record import PointSaver, StepRecorder, point_steps
 
 TRAINING_FILE = "training.json"
 
@@ -123,6 +126,7 @@ def train_stage(
     protected: bool,
     start: Path | None = None,
     resume: bool = False,
+    points: int = 0,
     title: str = "training",
 ) -> Trained:
     """Train a stage and save its adapter as ``folder/adapter``, whole or not at all.
@@ -136,6 +140,8 @@ def train_stage(
         protected: with the stage's OGPSA settings, or plainly.
         start: adapter to go on training; ``None`` starts a new one.
         resume: go on from the Trainer's last checkpoint in `folder`, if there is one.
+        points: at how many evenly spaced steps the adapter is saved, the last one included;
+            checkpoints are then made at the same steps. 0 saves the trained adapter only.
         title: what the progress bar says.
 
     Raises:
@@ -149,14 +155,22 @@ def train_stage(
     if start is not None:
         model = with_adapter(model, start, trainable=True)
     rows = training_rows(stage, rows, model, tokenizer)
+    if points:
+        arguments.save_total_limit = arguments.save_total_limit or 1
     display = StepDisplay(title)
     trainer = _trainer(recipe, stage, arguments, model, tokenizer, rows, fresh=start is None)
     trainer.add_callback(display)
     trainer.add_callback(StopAtNonFinite())
+    protection = None
     if protected and stage.ogpsa is not None:
         from lora_ogpsa.callback import OGPSACallback
 
-        OGPSACallback(stage.ogpsa, list(stage.references), cache=cache_dir()).attach(trainer)
+        protection = OGPSACallback(stage.ogpsa, list(stage.references), cache=cache_dir())
+        protection.attach(trainer)
+    recorder = StepRecorder(folder, protection)
+    trainer.add_callback(recorder)
+    if points:
+        trainer.add_callback(PointSaver(folder, points))
     checkpoint = last_checkpoint(folder) if resume else None
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -167,18 +181,22 @@ def train_stage(
     if "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")  # DPO's frozen copy of the adapter it began with
     trainer.model.eval()
-    history = trainer.state.log_history
-    passes = sum(entry.get("ogpsa/refresh_seconds", 0.0) for entry in history)
+    projection = recorder.projection
+    beside = recorder.passes + (projection or 0.0)
     record = {
         "steps": trainer.state.global_step,
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "rows": len(rows),
         "seconds": {
             "preparation": round(first - began, 2),
-            "training": round(ended - first - passes, 2),
-            "reference_passes": round(passes, 2),
+            "training": round(ended - first - beside, 2),
+            "reference_passes": round(recorder.passes, 2),
+            # On a GPU it cannot be told from the training, and is part of it.
+            **({} if projection is None else {"projection": round(projection, 3)}),
         },
-        "log": history,
+        "peak_bytes": recorder.memory,
+        "points": point_steps(trainer.state.global_step, points) if points else [],
+        "log": trainer.state.log_history,
     }
     _save(trainer.model, tokenizer, folder, record, recipe, stage, protected=protected)
     return Trained(trainer.model, tokenizer)
@@ -272,3 +290,8 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_yaml(path: Path, content: dict[str, Any]) -> None:
+    """Write a YAML file whole or not at all, its keys in the given order."""
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

@@ -17,6 +17,7 @@ from lora_ogpsa.recipe import parse_recipe
 from lora_ogpsa.run import RunInterrupted, run
 from lora_ogpsa.stage_data import checked_rows, training_rows
 from lora_ogpsa.stages import last_checkpoint, load_base, training_arguments
+from lora_ogpsa.training_record import read_energy
 
 
 def _run(raw: dict[str, Any], **options: bool) -> dict[str, Any]:
@@ -53,6 +54,10 @@ def test_a_run_writes_everything_it_promises(compared: Path) -> None:
         "recipe.yaml",
         "results.json",
         "results.md",
+        "report.html",
+        "report.md",
+        "figures/removed-energy.png",
+        "figures/tradeoff-divergence-kl.png",
         "adapter/adapter_model.safetensors",
         "adapter/ogpsa_run.json",
         "adapter/README.md",
@@ -64,7 +69,9 @@ def test_a_run_writes_everything_it_promises(compared: Path) -> None:
         "evaluations/plain-sft.json",
         "runs/ogpsa/sft/adapter/training.json",
         "runs/plain/sft/adapter/training.json",
+        "runs/ogpsa/sft/energy.jsonl",
     }
+    assert "runs/plain/sft/energy.jsonl" not in found
     assert not [name for name in found if ".partial" in name]
 
 
@@ -87,6 +94,9 @@ def test_results_hold_numbers_intervals_and_timings(compared: Path) -> None:
     assert results["training"]["ogpsa/sft"]["steps"] == 3
     assert results["training"]["ogpsa/sft"]["seconds"]["reference_passes"] > 0
     assert results["training"]["plain/sft"]["seconds"]["reference_passes"] == 0
+    for part, seconds in ((p, t["seconds"]) for p, t in results["training"].items()):
+        assert (seconds["projection"] > 0) == part.startswith("ogpsa")
+    assert results["training"]["ogpsa/sft"]["peak_bytes"]["process"] > 1e8
     assert set(results["seconds"]) >= {"evaluation", "training", "reference_passes", "wall"}
     page = (compared / "results.md").read_text()
     assert "| measure | n | base | plain | OGPSA |" in page
@@ -111,6 +121,17 @@ def test_projection_shows_in_the_log_and_only_with_ogpsa(compared: Path) -> None
     assert any(entry.get("ogpsa/removed_energy", 0) > 0 for entry in logs)
     plain = json.loads((compared / "runs/plain/sft/adapter/training.json").read_text())["log"]
     assert not any(key.startswith("ogpsa/") for entry in plain for key in entry)
+
+
+def test_removed_energy_is_kept_by_step_and_layer(compared: Path) -> None:
+    found = read_energy(compared / "runs/ogpsa/sft/energy.jsonl")
+    assert found.layers == ["0", "1"] and found.steps == [1, 2, 3]
+    assert any(share > 0 for row in found.removed for share in row)
+    log = json.loads((compared / "runs/ogpsa/sft/adapter/training.json").read_text())["log"]
+    for row, entry in zip(found.removed, log, strict=False):
+        # The whole lies between its parts.
+        assert min(row) - 1e-6 <= entry["ogpsa/removed_energy"] * 1.001 + 1e-6
+        assert entry["ogpsa/removed_energy"] <= max(row) * 1.001 + 1e-6
 
 
 def test_the_adapter_is_the_protected_one_in_float32(compared: Path) -> None:
@@ -226,6 +247,7 @@ def test_resume_goes_on_from_finished_parts_and_checkpoints(
     now = (out / "runs/ogpsa/sft/adapter/adapter_model.safetensors").stat().st_mtime_ns
     assert now == untouched
     assert results["training"]["plain/sft"]["resumed_from"] == "checkpoint-4"
+    assert read_energy(out / "runs/ogpsa/sft/energy.jsonl").steps == [1, 2, 3, 4, 5, 6]
     for arm in ("ogpsa", "plain"):
         one = _adapter(out / f"runs/{arm}/sft/adapter")
         other = _adapter(tmp_path / f"whole/runs/{arm}/sft/adapter")
