@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lora_ogpsa import cli_export
 from lora_ogpsa.cli_errors import fail, one_line_errors
 
 app = typer.Typer(
@@ -214,97 +215,8 @@ def evaluate(
         list(columns.values())[-1].save(output)
 
 
-@app.command()
-@one_line_errors
-def merge(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the merged model.")],
-    base: Annotated[
-        str | None, typer.Option(help="The base model, if not the one that the adapter names.")
-    ] = None,
-    strategy: Annotated[
-        str,
-        typer.Option(help="`dequantised` weights as trained on, `original` weights, or `auto`."),
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="`bfloat16`, `float16`, `float32`, or `auto`.")
-    ] = "bfloat16",
-    verify: Annotated[
-        bool, typer.Option(help="Compare the merged model with the model as trained.")
-    ] = True,
-    compare: Annotated[
-        bool, typer.Option(help="Also measure the other strategy of merging a QLoRA adapter.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier one.")] = False,
-) -> None:
-    """Merge an adapter into its base as a plain 16-bit model, and check that it answers the same.
-
-    For example:
-
-        lora-ogpsa merge outputs/quickstart/adapter aligned-model
-
-        lora-ogpsa merge my-adapter aligned-model --base meta-llama/Llama-3.1-8B-Instruct
-    """
-    from lora_ogpsa.quiet import quiet_libraries
-
-    quiet_libraries()
-    from lora_ogpsa.console import err, out
-    from lora_ogpsa.export import export_merged
-
-    found = export_merged(
-        adapter,
-        output,
-        base=base,
-        strategy=strategy,  # type: ignore[arg-type]  # checked there, with its own message
-        dtype=dtype,
-        verify=verify,
-        compare=compare,
-        overwrite=overwrite,
-        progress=err.is_terminal,
-    )
-    if found.verification is not None:
-        out.print(found.verification.to_markdown(), markup=False, soft_wrap=True)
-    typer.echo(f"merged model: {output}", err=True)
-
-
-@app.command()
-@one_line_errors
-def export(
-    model: Annotated[Path, typer.Argument(help="Merged model's folder, or an adapter's.")],
-    output: Annotated[Path, typer.Argument(help="GGUF file to write.")],
-    type: Annotated[
-        str | None, typer.Option(help="Such as `q8_0` (a model) or `f16` (an adapter).")
-    ] = None,
-    modelfile: Annotated[
-        bool, typer.Option("--modelfile", help="Write an Ollama Modelfile beside a model.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier files.")] = False,
-) -> None:
-    """Write a model or an adapter as GGUF, for llama.cpp and Ollama.
-
-    For example:
-
-        lora-ogpsa export outputs/quickstart/merged aligned.gguf --type q8_0 --modelfile
-
-        lora-ogpsa export outputs/quickstart/adapter aligned-adapter.gguf
-    """
-    from lora_ogpsa.quiet import quiet_libraries
-
-    quiet_libraries()
-    from lora_ogpsa.console import err
-    from lora_ogpsa.export import export_gguf, export_lora_gguf, write_modelfile
-
-    if (model / "adapter_config.json").is_file():
-        if modelfile:
-            fail("--modelfile needs a merged model's folder. Merge first: lora-ogpsa merge.")
-        export_lora_gguf(model, output, type=type or "f16", overwrite=overwrite)
-    else:
-        bars = err.is_terminal
-        export_gguf(model, output, type=type or "q8_0", overwrite=overwrite, progress=bars)
-        if modelfile:
-            written = write_modelfile(model, output, overwrite=overwrite)
-            typer.echo(f"Modelfile: {written}", err=True)
-    typer.echo(f"GGUF: {output}", err=True)
+app.command()(cli_export.merge)
+app.command()(cli_export.export)
 
 
 @app.command()
