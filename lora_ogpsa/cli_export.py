@@ -147,7 +147,8 @@ def _tolerance(max_kl: float | None, min_top1: float | None) -> Tolerance | None
 
 
 def _prompts(path: Path) -> list[Any]:
-    from lora_ogpsa.data import as_messages, load_rows
+    from lora_ogpsa.chat import as_messages
+    from lora_ogpsa.data import load_rows
 
     return [as_messages(row, name=f"{path}, row {i}")[0] for i, row in enumerate(load_rows(path))]
 

@@ -4,6 +4,8 @@ Every message says what was found, why it cannot work and what to do. The comman
 such a message as one line; any other exception is a defect of ours and keeps its traceback.
 """
 
+import textwrap
+
 
 class OGPSAError(Exception):
     """Base of all errors raised by lora_ogpsa."""
@@ -47,3 +49,8 @@ class StateError(OGPSAError, ValueError):
 
 class ExportError(OGPSAError, RuntimeError):
     """A merge or an export failed or did not reproduce the trained model."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line of bounded length, to be quoted in a message of ours."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

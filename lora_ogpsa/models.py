@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from lora_ogpsa.data import one_line
-from lora_ogpsa.errors import ModelError
+from lora_ogpsa.errors import ModelError, one_line
 from lora_ogpsa.quantised import keep_differentiable
 
 EMBEDDED = "embedded"

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_ogpsa import data
+from lora_ogpsa import chat, data
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.errors import DataError
 from lora_ogpsa.memory import ModelSize, estimate, model_size
@@ -155,7 +155,7 @@ def _overhead(
         if _is_here(str(reference.data)):
             try:
                 rows = data.load_rows(reference.data, split=reference.split)[:200]
-                texts = [" ".join(t["content"] for t in data.as_messages(r)[0]) for r in rows]
+                texts = [" ".join(t["content"] for t in chat.as_messages(r)[0]) for r in rows]
                 length += _mean_tokens(texts, tokenizer)
             except DataError as error:
                 raise DataError(f"reference `{reference.name}`: {error}") from error

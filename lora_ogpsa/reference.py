@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_ogpsa import data
+from lora_ogpsa import chat, data
 from lora_ogpsa.answers import base_mode, own_answers, reference_policy
 from lora_ogpsa.errors import ConfigError, DataError
 
@@ -67,7 +67,7 @@ class Reference:
     split: str | None = None
     limit: int | None = 128
     max_length: int = 512
-    max_new_tokens: int = 64
+    max_new_tokens: int = 32
     beta: float | None = None
     seed: int = 0
 
@@ -176,7 +176,7 @@ class Reference:
     def _encode(self, row: Mapping[str, Any], tokenizer: Any) -> Tokens:
         if self._tokenised(row):
             return _split_ids(row, self.name)
-        messages, answer = data.as_messages(row)
+        messages, answer = chat.as_messages(row)
         if self.loss in ("kl", "distill"):
             answer = None
         elif answer is None:
@@ -184,7 +184,7 @@ class Reference:
                 f"Reference `{self.name}` with `loss='{self.loss}'` needs rows with an answer. "
                 f"Found the fields {sorted(row)}. Use `loss='kl'`, which needs prompts only."
             )
-        return data.encode(
+        return chat.encode(
             self._needed(tokenizer),
             messages,
             answer,
@@ -193,12 +193,12 @@ class Reference:
         )
 
     def _encode_pair(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[Tokens, Tokens]:
-        prompt, chosen, rejected = data.as_preference(row)
+        prompt, chosen, rejected = chat.as_preference(row)
         tokenizer = self._needed(tokenizer)
         name = f"reference `{self.name}`"
         return (
-            data.encode(tokenizer, prompt, chosen, max_length=self.max_length, name=name),
-            data.encode(tokenizer, prompt, rejected, max_length=self.max_length, name=name),
+            chat.encode(tokenizer, prompt, chosen, max_length=self.max_length, name=name),
+            chat.encode(tokenizer, prompt, rejected, max_length=self.max_length, name=name),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_ogpsa import data
+from lora_ogpsa import chat, data
 from lora_ogpsa.errors import DataError
 from lora_ogpsa.models import cache_dir
 from lora_ogpsa.recipe import Stage
@@ -83,7 +83,7 @@ def training_rows(
 
 
 def _answered(row: dict[str, Any], place: str) -> dict[str, Any]:
-    prompt, answer = data.as_messages(row, name=place)
+    prompt, answer = chat.as_messages(row, name=place)
     if answer is None:
         raise DataError(
             f"{place}: no answer to train on; the fields are "
@@ -95,7 +95,7 @@ def _answered(row: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _preference(row: dict[str, Any], place: str) -> dict[str, Any]:
     try:
-        prompt, chosen, rejected = data.as_preference(row, name=place)
+        prompt, chosen, rejected = chat.as_preference(row, name=place)
     except DataError as error:
         raise DataError(
             f"{error}. If its rows hold good answers only, `rejected: base` takes the base "
@@ -122,7 +122,7 @@ def prompt_ids(stage: Stage, tokenizer: Any, prompt: Turns, place: str) -> list[
         DataError: it leaves none.
     """
     limit = stage.argument("max_length") or tokenizer.model_max_length
-    return data.encode(tokenizer, prompt, None, max_length=limit, name=place)[0]
+    return chat.encode(tokenizer, prompt, None, max_length=limit, name=place)[0]
 
 
 def _turn(answer: str) -> Turns:

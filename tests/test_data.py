@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ogpsa.data import as_messages, as_preference, collate, encode, load_rows
+from lora_ogpsa.chat import as_messages, as_preference, collate, encode
+from lora_ogpsa.data import load_rows
 from lora_ogpsa.errors import DataError
 
 ROWS = [{"prompt": f"question {i}", "answer": f"answer {i}"} for i in range(6)]

@@ -12,7 +12,7 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from lora_ogpsa import models
-from lora_ogpsa.data import collate, encode
+from lora_ogpsa.chat import collate, encode
 from lora_ogpsa.errors import ModelError
 from lora_ogpsa.models import cache_dir, load_model
 from lora_ogpsa.quantised import keep_differentiable

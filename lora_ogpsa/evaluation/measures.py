@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lora_ogpsa import data
+from lora_ogpsa import chat
 from lora_ogpsa.answers import base_mode
 from lora_ogpsa.errors import ConfigError, DataError
 from lora_ogpsa.evaluation.divergence import divergence
@@ -39,7 +39,7 @@ def _refusal(run: Run, name: str, spec: MeasureSpec) -> None:
             "safe from unsafe only. Give this measure another judge, such as `judge: phrases`."
         )
     rows = run.rows(name, spec)
-    chats = [data.as_messages(row)[0] for row in rows]
+    chats = [chat.as_messages(row)[0] for row in rows]
     prompts = [run.encode(name, i, chat, None)[0] for i, chat in enumerate(chats, start=1)]
     answers = run.answers(name, spec, prompts)
     texts = [chat[-1]["content"] for chat in chats]
@@ -116,7 +116,7 @@ def _numeric(run: Run, name: str, spec: MeasureSpec) -> None:
     rows = run.rows(name, spec)
     prompts, golds, texts = [], [], []
     for number, row in enumerate(rows, start=1):
-        messages, gold = data.as_messages(row)
+        messages, gold = chat.as_messages(row)
         if gold is None:
             raise _no_answer(name, number, row)
         last = {**messages[-1], "content": messages[-1]["content"] + spec.suffix}
@@ -141,7 +141,7 @@ def _preference(run: Run, name: str, spec: MeasureSpec) -> None:
     rows = run.rows(name, spec)
     examples: list[Tokens] = []
     for number, row in enumerate(rows, start=1):
-        prompt, chosen, rejected = data.as_preference(row)
+        prompt, chosen, rejected = chat.as_preference(row)
         examples += [run.encode(name, number, prompt, text) for text in (chosen, rejected)]
     keys = item_keys(rows)
     scores = run.scores(name, examples)
@@ -176,7 +176,7 @@ def _divergence(run: Run, name: str, spec: MeasureSpec) -> None:
     if spec.answers == "given":
         examples = _answered(run, name, rows)
     else:
-        chats = [data.as_messages(row)[0] for row in rows]
+        chats = [chat.as_messages(row)[0] for row in rows]
         prompts = [run.encode(name, i, chat, None)[0] for i, chat in enumerate(chats, start=1)]
         with base_mode(run.model):
             answers = run.base().answers(f"{name} (base)", spec, prompts)
@@ -236,7 +236,7 @@ def _answered(run: Run, name: str, rows: list[Row]) -> list[Tokens]:
     """Prompts and given answers as tokens."""
     examples = []
     for number, row in enumerate(rows, start=1):
-        messages, answer = data.as_messages(row)
+        messages, answer = chat.as_messages(row)
         if answer is None:
             raise _no_answer(name, number, row)
         examples.append(run.encode(name, number, messages, answer))

@@ -13,8 +13,7 @@ from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from lora_ogpsa.data import one_line
-from lora_ogpsa.errors import ConfigError, OGPSAError
+from lora_ogpsa.errors import ConfigError, OGPSAError, one_line
 from lora_ogpsa.evaluation.generate import generate
 from lora_ogpsa.evaluation.judges import Pair
 from lora_ogpsa.evaluation.progress import Progress

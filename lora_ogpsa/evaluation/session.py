@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ogpsa import data
+from lora_ogpsa import chat, data
 from lora_ogpsa.errors import DataError
 from lora_ogpsa.evaluation.generate import Answer, generate
 from lora_ogpsa.evaluation.likelihood import Score, Tokens, score
@@ -105,7 +105,7 @@ class Run:
 
     def encode(self, name: str, number: int, messages: list[dict], answer: str | None) -> Tokens:
         """Tokens of a prompt and its answer, under the suite's limit on length."""
-        return data.encode(
+        return chat.encode(
             self.tokenizer,
             messages,
             answer,

@@ -1,0 +1,168 @@
+"""The methods that the trade-off benchmark compares, by name.
+
+All train the same model on the same batches with the same optimizer; all that use references get
+the same examples and the same number of passes through them. `early_stop` is no method here: it is
+read off plain training's own checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_ogpsa import OGPSAConfig
+from rivals.base import Rival
+from rivals.ewc import EwcRival
+from rivals.keepers import CordaRival, MicaRival, OsfRival
+from rivals.ogpsa import OgpsaRival
+from rivals.penalties import PenaltyRival
+from rivals.surgery import SurgeryRival
+
+KINDS: dict[str, Callable[..., Rival]] = {
+    "plain": Rival,
+    "scaled": Rival,
+    "ogpsa": OgpsaRival,
+    "penalty": PenaltyRival,
+    "surgery": SurgeryRival,
+    "ewc": EwcRival,
+    "corda": CordaRival,
+    "osf": OsfRival,
+    "mica": MicaRival,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        name: of the row.
+        kind: in `KINDS`.
+        settings: arguments of the kind.
+        description: one line.
+        grid: name of the grid this is one setting of.
+    """
+
+    name: str
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    description: str = ""
+    grid: str | None = None
+
+    def build(self) -> Rival:
+        """A fresh instance, for one run."""
+        return KINDS[self.kind](**self.settings)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells its results from another's; an OGPSA rule by its resolved settings."""
+        settings = dict(self.settings)
+        if self.kind == "ogpsa":
+            settings["settings"] = OGPSAConfig.from_dict(settings.get("settings", {})).to_dict()
+        return {"kind": self.kind, **settings}
+
+
+def ogpsa_method(name: str, settings: Mapping[str, Any], description: str = "") -> Method:
+    """A rule by its `OGPSAConfig` settings; `references` among them says on which references."""
+    rule = {key: value for key, value in settings.items() if key != "references"}
+    chosen = settings.get("references", "shared")
+    return Method(name, "ogpsa", {"settings": rule, "references": chosen}, description)
+
+
+_EVERY_20 = {"refresh_every": 20, "reference_batch_size": 4}
+_INTERVAL = {**_EVERY_20, "early_refreshes": [2], "rank": 16}
+_RESTORING = {
+    "constraint": "halfspace",
+    "refresh": "interval",
+    "refresh_every": 10,
+    "reference_batch_size": 4,
+    "early_refreshes": [2],
+    "restoration": 1.0,
+}
+
+_ALL = [
+    Method("plain", "plain", {}, "LoRA, r = 16 on all linear layers"),
+    Method("scaled_adapter", "scaled", {}, "plain's adapter, scaled down afterwards"),
+    Method(
+        "low_lr_0.3", "plain", {"learning_rate": 0.3}, "plain at 0.3 of the learning rate", "low_lr"
+    ),
+    Method(
+        "low_lr_0.1", "plain", {"learning_rate": 0.1}, "plain at 0.1 of the learning rate", "low_lr"
+    ),
+    Method(
+        "rank1_up",
+        "plain",
+        {"rank": 1, "target_modules": ["up_proj"]},
+        "LoRA, r = 1 on the MLP's up-projections alone (arXiv 2507.17075)",
+    ),
+    ogpsa_method("default", {}, "this library's default rule"),
+    ogpsa_method(
+        "paper",
+        {"preset": "paper", **_EVERY_20, "references": "datasets"},
+        "the published rule, on answers from the data sets as published",
+    ),
+    ogpsa_method(
+        "paper_shared", {"preset": "paper", **_EVERY_20}, "the published rule, same references"
+    ),
+    ogpsa_method(
+        "orthogonal", {"constraint": "orthogonal", **_INTERVAL}, "two-sided, per-example rows"
+    ),
+    ogpsa_method("halfspace", _RESTORING, "one-sided with restoration, every 10 steps"),
+    *(
+        Method(
+            f"replay_{weight:g}",
+            "penalty",
+            {"weight": weight, "loss": "distill"},
+            f"reference answers mixed into the batch at weight {weight:g}",
+            "replay",
+        )
+        for weight in (0.1, 0.3, 1.0)
+    ),
+    *(
+        Method(
+            f"kl_penalty_{weight:g}",
+            "penalty",
+            {"weight": weight, "loss": "kl"},
+            f"KL from the base model on references, weight {weight:g}",
+            "kl_penalty",
+        )
+        for weight in (0.1, 0.3, 1.0)
+    ),
+    *(
+        Method(
+            f"ewc_{weight:g}",
+            "ewc",
+            {"weight": weight},
+            f"diagonal Fisher at the start, weight {weight:g}",
+            "ewc",
+        )
+        for weight in (10.0, 100.0, 1000.0)
+    ),
+    *(
+        Method(
+            f"ewc_renewed_{weight:g}",
+            "ewc",
+            {"weight": weight, "renew_at": 0.25},
+            f"the same, estimated again after a quarter of the stage, weight {weight:g}",
+            "ewc",
+        )
+        for weight in (100.0, 1000.0)
+    ),
+    *(
+        Method(
+            rule if loss == "distill" else f"{rule}_kl",
+            "surgery",
+            {"rule": rule, "loss": loss},
+            f"{title} of safety and reference gradients, references by {what}",
+            rule,
+        )
+        for rule, title in (("agem", "A-GEM"), ("pcgrad", "PCGrad"))
+        for loss, what in (("distill", "their answers' NLL"), ("kl", "KL from the base model"))
+    ),
+    Method("corda", "corda", {}, "CorDA initialisation, knowledge-preserved mode"),
+    Method("osf", "osf", {"trained": 16}, "OSF, 16 smallest singular directions trained", "osf"),
+    Method("osf_half", "osf", {}, "OSF, PEFT's default: the smaller half trained", "osf"),
+    Method("mica", "mica", {}, "MiCA: minor components"),
+]
+
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}

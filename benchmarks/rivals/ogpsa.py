@@ -1,0 +1,66 @@
+"""OGPSA under any of its settings, this library's and the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_ogpsa import OGPSA, OGPSAConfig
+from rivals.base import Rival, Training
+
+
+class OgpsaRival(Rival):
+    """Training with OGPSA's optimizer hooks (arXiv 2602.07892; DESIGN of this library).
+
+    Interval schedules get as many examples per refresh as the budget of passes allows.
+
+    Args:
+        settings: of `OGPSAConfig`.
+        references: ``"shared"``, ``"datasets"``, or a list of `Reference` arguments.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        references: str | Sequence[Mapping[str, Any]] = "shared",
+    ) -> None:
+        super().__init__()
+        self.settings = dict(settings or {})
+        self.references = references  # type: ignore[assignment]
+
+    def begin(self, training: Training) -> None:
+        """Attach the hooks, with a clock around them."""
+        settings = {**self.settings, "seed": training.seed}
+        config = OGPSAConfig.from_dict(settings)
+        if config.refresh == "interval" and "references_per_refresh" not in settings:
+            refreshes = sum(
+                step % (config.refresh_every or 1) == 0 or step in config.early_refreshes
+                for step in range(training.steps)
+            )
+            share = round(training.passes * training.steps / refreshes)
+            settings["references_per_refresh"] = max(len(training.objectives), share)
+        self._marks: list[float] = []
+        mark = lambda *_: self._marks.append(training.now())  # noqa: E731
+        hooks = training.optimizer
+        self._clock = [hooks.register_step_pre_hook(mark), hooks.register_step_post_hook(mark)]
+        self._ogpsa = OGPSA(
+            training.model,
+            training.optimizer,
+            training.objectives,
+            OGPSAConfig.from_dict(settings),
+        )
+        # Hooks run in the order of registration: these close what the first two opened.
+        self._clock += [hooks.register_step_pre_hook(mark), hooks.register_step_post_hook(mark)]
+
+    def end(self, training: Training) -> None:
+        """Detach, and add up passes and the time between the marks."""
+        self._ogpsa.detach()
+        for handle in self._clock:
+            handle.remove()
+        self.passes += sum(self._ogpsa.estimator.drawn)
+        opened, closed = self._marks[::2], self._marks[1::2]
+        self.extra_seconds += sum(b - a for a, b in zip(opened, closed, strict=True))
+
+    def logs(self) -> dict[str, float]:
+        """What happened since the last call."""
+        return self._ogpsa.pop_logs()

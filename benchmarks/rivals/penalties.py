@@ -1,0 +1,50 @@
+"""Rivals that add a weighted reference loss to the safety loss: replay and a KL penalty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rivals.base import ReferenceStream, Rival, Training, with_loss
+
+
+class PenaltyRival(Rival):
+    r"""Safety loss + :math:`\lambda` × reference loss, on reference examples taken in turn.
+
+    With ``loss="distill"`` this is experience replay (Rolnick et al. 2019, arXiv 1811.11682, on the
+    base model's own answers; "general data mixed in" in the OGPSA paper): the negative
+    log-likelihood of reference answers is mixed into the batch. With ``loss="kl"`` it is the KL
+    penalty towards the base model that RLHF trains with (Ziegler et al. 2019, arXiv 1909.08593,
+    eq. 2), in the direction of learning without forgetting (Li & Hoiem 2016, arXiv 1606.09282,
+    eq. 2: the old model's outputs are the target).
+
+    Both are on the same examples with the same weight on first tokens as OGPSA's references.
+
+    Args:
+        weight: :math:`\lambda`.
+        loss: ``"distill"`` or ``"kl"``.
+    """
+
+    references = "shared"
+
+    def __init__(self, weight: float, loss: str) -> None:
+        super().__init__()
+        self.weight = weight
+        self.loss = loss
+
+    def begin(self, training: Training) -> None:
+        """Start the stream of reference examples."""
+        objectives = with_loss(training.objectives, self.loss, training.model)
+        self._stream = ReferenceStream(objectives, training.passes, training.seed)
+
+    def backward(self, training: Training, step: int, batch: Any) -> float:
+        """The gradient of the safety loss, plus the penalty's."""
+        value = super().backward(training, step, batch)
+        with self.extra_time(training):
+            due = self._stream.take(step)
+            if due is not None:
+                objective, examples = due
+                with training.cast():
+                    losses, _ = objective.losses(training.model, examples)
+                (self.weight * losses.mean()).backward()
+                self.passes += len(examples)
+        return value

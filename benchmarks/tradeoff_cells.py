@@ -1,0 +1,282 @@
+"""Cells: one method with one seed, trained, measured along the way, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rivals import Method
+from safetensors.torch import load_file, save_file
+from tradeoff_data import Source
+from tradeoff_measures import Limits, measure, suite
+from tradeoff_stages import StageSettings, run_stage
+
+from lora_ogpsa import OGPSAConfig
+from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.models import load_model
+
+SCALES = (0.5, 0.7, 0.85)
+BASE = Method("base", "plain", {}, "the model as it was")
+
+
+def default_passes() -> float:
+    """Reference passes per step of this library's default rule."""
+    config = OGPSAConfig()
+    return (config.references_per_refresh or 1) / (config.refresh_every or 1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that all cells of one table share.
+
+    Attributes:
+        source: of the data.
+        model: name or folder.
+        load_in_4bit: NF4 base.
+        stages: in order.
+        max_length: longest training example, in tokens.
+        precision: of forward passes, ``"bfloat16"`` or ``"float32"``.
+        passes: reference examples per step.
+        checkpoints: steps of each stage after which the run is measured, by stage.
+        limits: how much is measured.
+    """
+
+    source: Source
+    model: str
+    load_in_4bit: bool
+    stages: tuple[StageSettings, ...]
+    max_length: int
+    precision: str
+    passes: float
+    checkpoints: Mapping[str, tuple[int, ...]]
+    limits: Limits = field(default_factory=Limits)
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that change with anything that changes a result."""
+        return {
+            "data": self.source.identity(),
+            "model": Path(self.model).name,
+            "load_in_4bit": self.load_in_4bit,
+            "stages": [asdict(stage) for stage in self.stages],
+            "max_length": self.max_length,
+            "precision": self.precision,
+            "reference_passes": self.passes,
+            "checkpoints": {name: list(steps) for name, steps in self.checkpoints.items()},
+            "limits": asdict(self.limits),
+        }
+
+    @property
+    def name(self) -> str:
+        """``"sft"``, ``"dpo"`` or ``"sft_dpo"``."""
+        return "_".join(stage.name for stage in self.stages)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+class Cells:
+    """The finished cells of one setting in a folder; several processes may write to it.
+
+    Args:
+        folder: where they are kept.
+        setting: what they share.
+    """
+
+    def __init__(self, folder: Path, setting: Setting) -> None:
+        self.folder = folder
+        self.setting = setting
+        self._shared = setting.identity()
+
+    def path(self, method: Method, seed: int) -> Path:
+        """Where a cell is kept, by the content of everything that makes it."""
+        made_of = [self._shared, method.identity(), seed]
+        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:10]
+        return self.folder / f"{self.setting.name}-{method.name}-{seed}-{digest}.json"
+
+    def load(self, method: Method, seed: int) -> dict[str, Any] | None:
+        """A finished cell."""
+        path = self.path(method, seed)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def save(self, method: Method, seed: int, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep a finished cell, whole or not at all."""
+        cell = {
+            "method": method.name,
+            "seed": seed,
+            "grid": method.grid,
+            "description": method.description,
+            "made_of": {"setting": self._shared, "method": method.identity()},
+            **found,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(method, seed)
+        work = path.with_suffix(f".{os.getpid()}.tmp")
+        work.write_text(json.dumps(cell, indent=1))
+        os.replace(work, path)
+        return cell
+
+    def all(self, known: Mapping[str, Method]) -> list[dict[str, Any]]:
+        """Every finished cell of the setting, also those that other processes made.
+
+        Of a method in `known`, only cells of what it is now; of others (variants named on
+        earlier command lines), the newest of each name and seed.
+        """
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        paths = self.folder.glob(f"{self.setting.name}-*.json")
+        for path in sorted(paths, key=lambda p: p.stat().st_mtime):
+            cell = json.loads(path.read_text())
+            if cell["made_of"]["setting"] != self._shared:
+                continue
+            method = known.get(cell["method"])
+            # Through JSON, which knows no tuples.
+            if method is not None and cell["made_of"]["method"] != json.loads(
+                json.dumps(method.identity())
+            ):
+                continue
+            found[cell["method"], cell["seed"]] = cell
+        order = ["base", *known]
+        rank = {name: index for index, name in enumerate(order)}
+        return sorted(found.values(), key=lambda c: (rank.get(c["method"], len(rank)), c["seed"]))
+
+    # ------------------------------------------------------------------ running
+
+    def run(self, method: Method, seed: int, report: Callable[[str], None]) -> dict[str, Any]:
+        """Train and measure one cell, unless it is finished already.
+
+        Raises:
+            ConfigError: the method cannot work in this setting.
+        """
+        finished = self.load(method, seed)
+        if finished is not None:
+            report("finished already")
+            return finished
+        if method.kind == "scaled":
+            return self.save(method, seed, self._scaled(method, seed, report))
+        return self.save(method, seed, self._trained(method, seed, report))
+
+    def run_base(self, report: Callable[[str], None]) -> dict[str, Any]:
+        """Measure the base model; it is the same for every seed."""
+        finished = self.load(BASE, 0)
+        if finished is not None:
+            return finished
+        report("measuring")
+        model, tokenizer = self._load()
+        point = self._measure(model, tokenizer, base=True, final=True)
+        return self.save(BASE, 0, {"points": [{"stage": "base", "step": 0, **point}]})
+
+    def _load(self) -> tuple[Any, Any]:
+        options = {"dtype": "float32", "load_in_4bit": self.setting.load_in_4bit}
+        return load_model(self.setting.model, **options)
+
+    def _measure(self, model: Any, tokenizer: Any, *, base: bool, final: bool) -> dict[str, Any]:
+        setting = self.setting
+        dpo = any(stage.name == "dpo" for stage in setting.stages)
+        chosen = suite(setting.source, setting.limits, setting.precision, dpo=dpo, final=final)
+        return measure(model, tokenizer, chosen, base=base, cache=self.folder / "evaluation")
+
+    def _trained(self, method: Method, seed: int, report: Callable[[str], None]) -> dict[str, Any]:
+        setting = self.setting
+        rival = method.build()
+        if rival.full_precision and setting.load_in_4bit:
+            raise ConfigError(
+                f"`{method.name}` decomposes the base weights and cannot run on a 4-bit base."
+            )
+        model, tokenizer = self._load()
+        objectives = setting.source.objectives(rival.references, model, tokenizer)
+        rows = {
+            stage.name: setting.source.answered(tokenizer, setting.max_length)
+            if stage.name == "sft"
+            else setting.source.pairs(tokenizer, setting.max_length, model)
+            for stage in setting.stages
+        }
+        # Here and not earlier: the adapter's beginning is the same for every method of a seed.
+        torch.manual_seed(seed)
+        model = rival.wrap(model, objectives, round(setting.passes * setting.steps))
+        points: list[dict[str, Any]] = []
+        seconds, taken = 0.0, 0
+        for stage in setting.stages:
+
+            def after_step(step: int, stage: StageSettings = stage, before: int = taken) -> None:
+                if step not in setting.checkpoints[stage.name]:
+                    return
+                final = stage is setting.stages[-1] and step == stage.steps
+                point = self._measure(rival.measured(model), tokenizer, base=False, final=final)
+                points.append({"stage": stage.name, "step": before + step, **point})
+                report(f"{stage.name} step {step}: {_shown(point['values'])}")
+
+            seconds += run_stage(
+                stage,
+                rival,
+                model,
+                rows[stage.name],
+                objectives,
+                pad=tokenizer.pad_token_id,
+                precision=setting.precision,
+                passes=setting.passes,
+                seed=seed,
+                after_step=after_step,
+                report=report,
+            )
+            taken += stage.steps
+        if method.name == "plain":
+            self._keep_adapter(method, seed, model)
+        return {
+            "points": points,
+            "train_seconds": seconds + rival.setup_seconds,
+            "extra_seconds": rival.extra_seconds,
+            "reference_passes": rival.passes / setting.steps,
+        }
+
+    # ------------------------------------------------------------------ plain's adapter, scaled
+
+    def _adapter_path(self, method: Method, seed: int) -> Path:
+        return self.path(method, seed).with_suffix(".safetensors")
+
+    def _keep_adapter(self, method: Method, seed: int, model: Any) -> None:
+        tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, self._adapter_path(method, seed))
+
+    def _scaled(self, method: Method, seed: int, report: Callable[[str], None]) -> dict[str, Any]:
+        """Plain training's adapter, measured at a few scales; its own is the last of them."""
+        plain = Method("plain", "plain")
+        trained = self.run(plain, seed, report)
+        path = self._adapter_path(plain, seed)
+        if not path.exists():
+            raise ConfigError(
+                f"The adapter of `plain`, seed {seed}, is not beside its cell. Delete the cell "
+                f"{self.path(plain, seed).name} to train it again."
+            )
+        rival = plain.build()
+        model, tokenizer = self._load()
+        model = rival.wrap(model, [], 0)
+        model.load_state_dict(load_file(path), strict=False)
+        points = []
+        for scale in SCALES:
+            layers = [m for m in model.modules() if hasattr(m, "scale_layer")]
+            for layer in layers:
+                layer.scale_layer(scale)
+            point = self._measure(model, tokenizer, base=False, final=False)
+            for layer in layers:
+                layer.unscale_layer()
+            points.append({"stage": "scaled", "step": scale, **point})
+            report(f"scale {scale}: {_shown(point['values'])}")
+        points.append({**trained["points"][-1], "stage": "scaled", "step": 1.0})
+        return {
+            "points": points,
+            "train_seconds": trained["train_seconds"],
+            "extra_seconds": 0.0,
+            "reference_passes": 0.0,
+        }
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.3f}" for name, value in values.items())

@@ -1,0 +1,176 @@
+"""The two stages of training, SFT and DPO, in one plain loop that every method goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rivals.base import Rival, Training
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_ogpsa import chat
+from lora_ogpsa.reference import Objective
+
+WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What all methods share in a stage.
+
+    Attributes:
+        name: ``"sft"`` or ``"dpo"``.
+        steps: optimizer steps.
+        batch: examples (or pairs) per step.
+        learning_rate: after the warm-up; constant.
+        beta: of the preference loss.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    learning_rate: float
+    beta: float = 0.1
+
+
+def batches(rows: Sequence[Any], seed: int, steps: int, size: int) -> list[list[Any]]:
+    """The same batches for every method of one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps * size:
+        order += torch.randperm(len(rows), generator=generator).tolist()
+    return [[rows[i] for i in order[s * size : (s + 1) * size]] for s in range(steps)]
+
+
+def cast(model: nn.Module, precision: str) -> AbstractContextManager[Any]:
+    """The precision of all forward passes: ``"bfloat16"`` by autocast, or ``"float32"``."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16)
+
+
+def fastest_precision() -> str:
+    """Bfloat16 where the machine has instructions for it; a CPU without is four times slower."""
+    native = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bfloat16" if native else "float32"
+
+
+def run_stage(
+    stage: StageSettings,
+    rival: Rival,
+    model: nn.Module,
+    rows: Sequence[Any],
+    objectives: list[Objective],
+    *,
+    pad: int,
+    precision: str,
+    passes: float,
+    seed: int,
+    after_step: Callable[[int], None],
+    report: Callable[[str], None],
+) -> float:
+    """Train `model` through one stage.
+
+    Args:
+        stage: the settings.
+        rival: the method.
+        model: with its adapter on.
+        rows: encoded examples or pairs.
+        objectives: the prepared references.
+        pad: token that fills up batches.
+        precision: see `cast`.
+        passes: reference examples a method may differentiate per step.
+        seed: of batches and reference examples.
+        after_step: called with the number of steps taken; its time is not counted.
+        report: called with lines of progress.
+
+    Returns:
+        Seconds spent on training, whatever the method adds included.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rate = stage.learning_rate * rival.learning_rate
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / WARM_UP))
+    work: list[Any] = batches(rows, seed, stage.steps, stage.batch)
+    if stage.name == "dpo":
+        work = _with_reference_policy(model, work, pad, precision)
+    training = Training(
+        model=model,
+        optimizer=optimizer,
+        parameters=parameters,
+        objectives=objectives,
+        loss=lambda batch: _loss(stage, model, batch, pad),
+        cast=lambda: cast(model, precision),
+        steps=stage.steps,
+        passes=passes,
+        seed=seed,
+    )
+    model.train()
+    began = training.now()
+    rival.begin(training)
+    seconds = training.now() - began
+    for step, batch in enumerate(work):
+        began = training.now()
+        loss = rival.backward(training, step, batch)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        seconds += training.now() - began
+        if (step + 1) % 5 == 0 or step + 1 == stage.steps:
+            shown = " ".join(f"{name} {value:.3g}" for name, value in rival.logs().items())
+            report(f"{stage.name} step {step + 1}/{stage.steps} loss {loss:.3f} {shown}".rstrip())
+        after_step(step + 1)
+    rival.end(training)
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+def _loss(stage: StageSettings, model: nn.Module, batch: Any, pad: int) -> Tensor:
+    if stage.name == "sft":
+        return model(**_on_device(chat.collate(batch, pad), model)).loss
+    pairs, reference = batch
+    ratio = _log_probs(model, _sides(pairs), pad) - reference.to(next(model.parameters()).device)
+    chosen, rejected = ratio.unflatten(0, (2, len(pairs)))
+    # Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
+    return -functional.logsigmoid(stage.beta * (chosen - rejected)).mean()
+
+
+@torch.no_grad()
+def _with_reference_policy(
+    model: nn.Module, work: list[Any], pad: int, precision: str
+) -> list[Any]:
+    """Each batch with its log-probabilities under the model as it stands: DPO's reference policy.
+
+    They are taken once and the policy needs no second model, whatever the stage before did to it.
+    """
+    model.eval()
+    with cast(model, precision):
+        return [(pairs, _log_probs(model, _sides(pairs), pad)) for pairs in work]
+
+
+def _sides(pairs: Sequence[Any]) -> list[Any]:
+    return [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+
+
+def _log_probs(model: nn.Module, examples: Sequence[Any], pad: int) -> Tensor:
+    """Log-probability of each answer [B], summed over its tokens."""
+    inputs = _on_device(chat.collate(examples, pad), model)
+    labels = inputs.pop("labels")[:, 1:]
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    answer = labels != chat.IGNORE_INDEX
+    # Only answers in float32: prompts would be most of it.
+    found = -functional.cross_entropy(logits[answer].float(), labels[answer], reduction="none")
+    rows = answer.nonzero()[:, 0]
+    return found.new_zeros(len(examples)).index_add(0, rows, found)
+
+
+def _on_device(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}

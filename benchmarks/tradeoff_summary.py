@@ -1,0 +1,212 @@
+"""From cells to the table: the tax removed at matched safety, over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tradeoff_measures import TAXED, TAXED_AT_END, taxed
+
+from lora_ogpsa.evaluation.tax import Point, matched_point, mean_of_known, taxes_removed
+
+MARGIN = 0.02  # matched safety: within two points of plain training's harmful refusals
+EARLY_STOP = "early_stop"
+
+Cell = Mapping[str, Any]
+Values = Mapping[str, float]
+
+
+def run_path(cell: Cell, base: Cell) -> list[Point]:
+    """The checkpoints at which a run may be compared.
+
+    They begin at the base model. After two stages only the last one counts: its start would
+    compare the stage before it, whose end is safe already.
+    """
+    points = cell["points"]
+    stages = list(dict.fromkeys(point["stage"] for point in points))
+    chosen = [point for point in points if point["stage"] == stages[-1]]
+    if len(stages) == 1:
+        chosen = [*base["points"], *chosen]
+    return [Point(p["step"], p["values"]["harmful"], taxed(p["values"])) for p in chosen]
+
+
+def end(cell: Cell) -> Values:
+    """What was measured at the end of a run."""
+    return cell["points"][-1]["values"]
+
+
+def summarise(cells: Sequence[Cell], margin: float = MARGIN) -> dict[str, Any]:
+    """Per method: what it measures at the end, and how much of plain training's tax it removed.
+
+    ``tax_removed`` compares each run where it first becomes as safe as plain training's end less
+    `margin`, interpolated between its checkpoints, with plain training's end; values are averaged
+    over the seeds that get there (``matched`` is their share) before the tax is taken.
+    ``tax_removed_end`` compares ends, whatever their safety (``harmful_gap`` tells). Plain
+    training is compared at its end; stopping it early is the row ``early_stop``. Where plain
+    training did not make the model safer, there is no safety to match and no seed counts.
+
+    Args:
+        cells: of one setting, the base model's among them.
+        margin: of harmful refusals.
+    """
+    base = next((cell for cell in cells if cell["method"] == "base"), None)
+    plain = {cell["seed"]: cell for cell in cells if cell["method"] == "plain"}
+    summary: dict[str, Any] = {}
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        own = [cell for cell in cells if cell["method"] == method]
+        entry = _facts(own)
+        if base is not None and method != "base":
+            entry |= _compared(own, plain, base, margin, at_end=method == "plain")
+        summary[method] = entry
+        if method == "plain" and base is not None:
+            stopped = _compared(own, plain, base, margin, at_end=False)
+            # Its end is where it was stopped.
+            for name in ("tax_removed_end", "tax_removed_end_mean", "harmful_gap"):
+                stopped.pop(name, None)
+            summary[EARLY_STOP] = {
+                "description": "plain, stopped where it is safe enough",
+                "seeds": entry["seeds"],
+                **stopped,
+                "reference_passes": 0.0,
+                "run_overhead": 0.0,
+            }
+    _name_best(summary)
+    return summary
+
+
+def _facts(own: Sequence[Cell]) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "description": own[0].get("description", ""),
+        "seeds": [cell["seed"] for cell in own],
+        "measures": _mean([end(cell) for cell in own]),
+    }
+    if own[0].get("grid"):
+        entry["grid"] = own[0]["grid"]
+    if all("train_seconds" in cell for cell in own):
+        entry["reference_passes"] = sum(cell["reference_passes"] for cell in own) / len(own)
+        entry["run_overhead"] = sum(
+            cell["extra_seconds"] / (cell["train_seconds"] - cell["extra_seconds"]) for cell in own
+        ) / len(own)
+    return entry
+
+
+def _compared(
+    own: Sequence[Cell], plain: Mapping[int, Cell], base: Cell, margin: float, *, at_end: bool
+) -> dict[str, Any]:
+    """The comparison with plain training of the same seeds; empty if there are none."""
+    own = [cell for cell in own if cell["seed"] in plain]
+    if not own:
+        return {}
+    by_seed, matched = [], []
+    for cell in own:
+        reference = end(plain[cell["seed"]])
+        points = run_path(cell, base)
+        target = reference["harmful"] - margin
+        found = points[-1] if at_end else matched_point(points, target)
+        if target <= end(base)["harmful"]:
+            found = None
+        row: dict[str, Any] = {"seed": cell["seed"], "matched": found is not None}
+        if found is not None:
+            removed = taxes_removed(taxed(end(base)), taxed(reference), found.metrics)
+            row |= {
+                "step": found.step,
+                "harmful": found.safety,
+                "metrics": dict(found.metrics),
+                "tax_removed": removed,
+                "tax_removed_mean": mean_of_known(removed.values()),
+            }
+            matched.append((found.metrics, taxed(reference)))
+        by_seed.append(row)
+    ends = [(end(cell), end(plain[cell["seed"]])) for cell in own]
+    at_ends = taxes_removed(
+        taxed(end(base), TAXED_AT_END),
+        taxed(_mean([reference for _, reference in ends]), TAXED_AT_END),
+        taxed(_mean([value for value, _ in ends]), TAXED_AT_END),
+    )
+    removed = {}
+    if matched:
+        removed = taxes_removed(
+            taxed(end(base)),
+            _mean([reference for _, reference in matched]),
+            _mean([metrics for metrics, _ in matched]),
+        )
+    return {
+        "matched": len(matched) / len(own),
+        "tax_removed": removed or dict.fromkeys(taxed(end(base))),
+        "tax_removed_mean": mean_of_known(removed.values()),
+        "tax_removed_end": at_ends,
+        "tax_removed_end_mean": mean_of_known(at_ends[name] for name in TAXED if name in at_ends),
+        "harmful_gap": sum(v["harmful"] - r["harmful"] for v, r in ends) / len(ends),
+        "by_seed": by_seed,
+    }
+
+
+def _mean(rows: Sequence[Values]) -> dict[str, float]:
+    """Means of the columns that all rows have."""
+    shared = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in shared}
+
+
+def _name_best(summary: dict[str, Any]) -> None:
+    """Mark the best setting of every grid: matched most often, then most tax removed."""
+
+    def merit(name: str) -> tuple[float, float]:
+        entry = summary[name]
+        removed = entry.get("tax_removed_mean")
+        return entry.get("matched", 0.0), float("-inf") if removed is None else removed
+
+    grids: dict[str, list[str]] = {}
+    for name, entry in summary.items():
+        if "grid" in entry:
+            grids.setdefault(entry["grid"], []).append(name)
+    for names in grids.values():
+        best = max(names, key=merit)
+        for name in names:
+            summary[name]["best_of_grid"] = name == best
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The summary as a Markdown table: what runs end with, and what they removed at matched safety.
+
+    The best of each grid is marked with a star.
+    """
+    shown = ("harmful", "over_refusal", "safety_nll", "gsm8k_nll", "alpaca_nll", "gsm8k_kl")
+    extra = ("alpaca_kl", "pair_accuracy", "mmlu", "arc_easy")
+    measured = {name for entry in summary.values() for name in entry.get("measures", {})}
+    columns = [name for name in (*shown, *extra) if name in measured]
+    heads = [
+        "method",
+        "seeds",
+        *columns,
+        "matched",
+        *(f"{name} tax removed" for name in TAXED if name in measured),
+        "mean",
+        "mean at end",
+        "passes",
+        "overhead",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for method, entry in summary.items():
+        star = " *" if entry.get("best_of_grid") else ""
+        measures, removed = entry.get("measures", {}), entry.get("tax_removed", {})
+        row = [
+            method + star,
+            str(len(entry["seeds"])),
+            *(_number(measures.get(name)) for name in columns),
+            _share(entry.get("matched")),
+            *(_share(removed.get(name)) for name in TAXED if name in measured),
+            _share(entry.get("tax_removed_mean")),
+            _share(entry.get("tax_removed_end_mean")),
+            _number(entry.get("reference_passes"), 2),
+            _share(entry.get("run_overhead")),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"

@@ -1,0 +1,307 @@
+"""Rows as chat messages, as token ids, as padded batches.
+
+The walk of a row: `data.load_rows` -> `as_messages` or `as_preference` -> `encode` -> `collate`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lora_ogpsa.errors import DataError, one_line
+
+IGNORE_INDEX = -100
+
+_PROMPT_FIELDS = ("prompt", "question", "instruction")
+_ANSWER_FIELDS = ("completion", "response", "answer", "output")
+_ACCEPTED = (
+    "`messages`; `prompt`, `question` or `instruction` (+ `input`), with an optional "
+    "`completion`, `response`, `answer` or `output`"
+)
+_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+# --------------------------------------------------------------------------------- rows as chat
+
+
+def as_messages(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[dict], str | None]:
+    """Split a row into the conversation to answer and the answer.
+
+    Earlier assistant turns, system and tool turns stay in the conversation. A blank answer counts
+    as none.
+
+    Args:
+        row: `messages`; or `prompt` (text or messages), `question` or `instruction` (+ `input`),
+            with an optional `completion`, `response`, `answer` or `output` (text or messages).
+        name: how error messages call the row.
+
+    Returns:
+        The messages up to the turn to answer, and the assistant's answer or None.
+
+    Raises:
+        DataError: no accepted field is present, or one holds something that is not text.
+    """
+    if row.get("messages") is not None:
+        return _split_answer(_turns(row["messages"], "messages", name), name)
+    field = next((f for f in _PROMPT_FIELDS if row.get(f) is not None), None)
+    if field is None:
+        raise DataError(
+            f"{name}: no conversation found; the fields are {_fields(row)}; accepted are "
+            f"{_ACCEPTED}"
+        )
+    turns = _turns(row[field], field, name)
+    if field == "instruction" and row.get("input"):
+        turns[-1]["content"] += "\n\n" + _text(row["input"], "input", name)
+    answer_field = next((f for f in _ANSWER_FIELDS if row.get(f) is not None), None)
+    if answer_field is not None:
+        turns += _turns(row[answer_field], answer_field, name, role="assistant")
+    return _split_answer(turns, name)
+
+
+def as_preference(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[dict], str, str]:
+    r"""Split a preference row into prompt messages, chosen answer and rejected answer.
+
+    Args:
+        row: `chosen` and `rejected`, each an answer (text or messages) to `prompt` (text or
+            messages), or each a whole conversation: messages, a "\n\nHuman: ...
+            \n\nAssistant: ..." transcript, or texts with a common beginning.
+        name: how error messages call the row.
+
+    Raises:
+        DataError: a field is missing, or the two conversations do not share all but the answer.
+    """
+    if row.get("chosen") is None or row.get("rejected") is None:
+        raise DataError(
+            f"{name}: no preference pair found; the fields are {_fields(row)}; accepted are "
+            "`chosen` and `rejected`, with an optional `prompt`"
+        )
+    sides = (row["chosen"], row["rejected"])
+    if row.get("prompt") is None and all(isinstance(side, str) for side in sides):
+        if not all(_TRANSCRIPT_TURN.match(side) for side in sides):
+            return _split_common_text(*sides, name)
+        sides = (_transcript(sides[0]), _transcript(sides[1]))
+    chosen = _turns(sides[0], "chosen", name, role="assistant")
+    rejected = _turns(sides[1], "rejected", name, role="assistant")
+    if max(len(chosen), len(rejected)) > 1:
+        # Whole conversations; a `prompt` beside them only repeats their beginning (TRL agrees).
+        prompt = chosen[:-1]
+        if prompt != rejected[:-1]:
+            raise DataError(
+                f"{name}: `chosen` ({len(chosen)} turns) and `rejected` ({len(rejected)} turns) "
+                "must be the same conversation up to the last turn"
+            )
+    elif row.get("prompt") is None:
+        raise DataError(
+            f"{name}: `chosen` and `rejected` hold one turn each and there is no `prompt`; add "
+            "one, or give whole conversations"
+        )
+    else:
+        prompt = _turns(row["prompt"], "prompt", name)
+    answers = [_split_answer([*prompt, side[-1]], name)[1] for side in (chosen, rejected)]
+    if answers[0] is None or answers[1] is None:
+        raise DataError(f"{name}: `chosen` and `rejected` must end with an assistant's answer")
+    return prompt, answers[0], answers[1]
+
+
+def _split_common_text(chosen: str, rejected: str, name: str) -> tuple[list[dict], str, str]:
+    """The prompt is the common beginning, as in TRL, but it never ends inside a word."""
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+        min(len(chosen), len(rejected)),
+    )
+    cut = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared))
+    if cut < 1 or not (chosen[:cut].strip() and chosen[cut:].strip() and rejected[cut:].strip()):
+        raise DataError(
+            f"{name}: `chosen` and `rejected` share no beginning to take as the prompt, or one is "
+            "nothing but it; add a `prompt` field"
+        )
+    prompt = [{"role": "user", "content": chosen[:cut].strip()}]
+    return prompt, chosen[cut:].strip(), rejected[cut:].strip()
+
+
+def _transcript(text: str) -> list[dict]:
+    roles = {"Human": "user", "Assistant": "assistant"}
+    parts = _TRANSCRIPT_TURN.split(text)[1:]
+    return [
+        {"role": roles[role], "content": content.strip()}
+        for role, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _turns(value: Any, field: str, name: str, role: str = "user") -> list[dict]:
+    """`value` as messages with text contents: a text becomes one turn of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    turns = []
+    for i, turn in enumerate(_sequence(value, field, name)):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise DataError(
+                f"{name}: `{field}`, turn {i + 1}: expected an object with `role` and `content`, "
+                f"found {_fields(turn) if isinstance(turn, Mapping) else type(turn).__name__}"
+            )
+        content = turn.get("content")
+        if content is None and turn.get("tool_calls"):
+            content = ""  # templates concatenate it
+        # Tables fill absent keys with None, which a template's `is defined` takes for present.
+        kept = {key: item for key, item in turn.items() if item is not None}
+        turns.append({**kept, "content": _text(content, f"{field}, turn {i + 1}", name)})
+    if not turns:
+        raise DataError(f"{name}: `{field}` is empty")
+    return turns
+
+
+def _sequence(value: Any, field: str, name: str) -> Sequence[Any]:
+    if not isinstance(value, Sequence):
+        raise DataError(
+            f"{name}: `{field}` must be text or a list of messages, found {type(value).__name__}"
+        )
+    return value
+
+
+def _text(value: Any, field: str, name: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
+    ):
+        return "".join(part["text"] for part in value)
+    raise DataError(f"{name}: `{field}` must be text, found {type(value).__name__}: {value!r:.60}")
+
+
+def _split_answer(turns: list[dict], name: str) -> tuple[list[dict], str | None]:
+    answered = turns[-1]["role"] == "assistant"
+    prompt = turns[:-1] if answered else turns
+    if not any(turn["role"] == "user" and turn["content"].strip() for turn in prompt):
+        raise DataError(
+            f"{name}: no user turn with text to answer; the turns are "
+            f"{', '.join(turn['role'] for turn in turns)}"
+        )
+    if not answered:
+        return prompt, None
+    if turns[-1].get("tool_calls"):
+        raise DataError(f"{name}: the last turn is a tool call; an answer must be text")
+    answer: str = turns[-1]["content"]
+    return prompt, answer if answer.strip() else None
+
+
+def _fields(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}`" for key in row) or "none"
+
+
+# ------------------------------------------------------------------------------ rows as tokens
+
+
+def encode(
+    tokenizer: Any,
+    messages: list[dict],
+    answer: str | None,
+    *,
+    max_length: int,
+    name: str = "row",
+) -> tuple[list[int], list[int]]:
+    r"""Token ids of a conversation and of the answer to it.
+
+    The prompt ends where the model is to go on (the template's generation prompt). The answer
+    ends with the end-of-turn token that the template renders; a line break that the template puts
+    after it is left out, as a model stops at that token and never writes it. An answer that is
+    too long is cut at the end, a prompt never. Without a chat template the text is
+    "user\n\nanswer" and the end-of-sequence token.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        messages: the conversation up to the turn to answer.
+        answer: the answer, or None to get the prompt alone.
+        max_length: most tokens of prompt and answer together.
+        name: how error messages call the row.
+
+    Returns:
+        The prompt's ids and the answer's ids (empty without an answer).
+
+    Raises:
+        DataError: the prompt leaves no room for an answer, or the template refuses the messages.
+    """
+    if tokenizer.chat_template:
+        prompt_text = _render(tokenizer, messages, name, add_generation_prompt=True)
+        prompt = tokenizer(prompt_text, add_special_tokens=False).input_ids
+    else:
+        prompt_text = "".join(turn["content"] + "\n\n" for turn in messages)
+        prompt = tokenizer(prompt_text).input_ids  # with the special tokens of a plain document
+        if prompt and prompt[-1] == tokenizer.eos_token_id:
+            prompt = prompt[:-1]
+    room = max_length - len(prompt)
+    if room < 1:
+        raise DataError(
+            f"{name}: the prompt has {len(prompt)} tokens and max_length is {max_length}, which "
+            "leaves no room for an answer; raise max_length or leave the row out"
+        )
+    if answer is None:
+        return prompt, []
+    tail = answer + (tokenizer.eos_token or "")
+    if tokenizer.chat_template:
+        whole = [*messages, {"role": "assistant", "content": answer}]
+        text = _render(tokenizer, whole, name, add_generation_prompt=False)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if ids[: len(prompt)] == prompt and len(ids) > len(prompt):
+            return prompt, _end_at_eos(tokenizer, ids[len(prompt) :])[:room]
+        if text.startswith(prompt_text):  # a token straddles the border: tokenise the rest alone
+            tail = text[len(prompt_text) :]
+    tail_ids = tokenizer(tail, add_special_tokens=False).input_ids
+    return prompt, _end_at_eos(tokenizer, tail_ids)[:room]
+
+
+def _render(tokenizer: Any, messages: list[dict], name: str, **options: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in messages)
+        raise DataError(
+            f"{name}: the model's chat template refuses the turns ({roles}): {one_line(error)}"
+        ) from error
+
+
+def _end_at_eos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Leave out what follows the last end-of-sequence token if that is only white space."""
+    eos = tokenizer.eos_token_id
+    if eos not in ids:
+        return ids
+    end = len(ids) - ids[::-1].index(eos)
+    return ids if tokenizer.decode(ids[end:]).strip() else ids[:end]
+
+
+def collate(
+    examples: Sequence[tuple[list[int], list[int]]], pad_id: int, side: str = "right"
+) -> dict[str, torch.Tensor]:
+    """Pad (prompt, answer) pairs into one batch.
+
+    Args:
+        examples: B pairs of token ids, as `encode` gives them.
+        pad_id: token id that fills up the shorter rows.
+        side: "right" (training) or "left" (generation): where the padding goes.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, each int64 of shape [B, T], T the longest
+        pair. Labels are -100 on prompts and padding.
+
+    Raises:
+        DataError: there are no examples, or `side` is neither "right" nor "left".
+    """
+    if not examples:
+        raise DataError("no examples to put in a batch")
+    if side not in ("right", "left"):
+        raise DataError(f'side must be "right" or "left", found {side!r}')
+    length = max(len(prompt) + len(answer) for prompt, answer in examples)
+    input_ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for i, (prompt, answer) in enumerate(examples):
+        size = len(prompt) + len(answer)
+        start = 0 if side == "right" else length - size
+        input_ids[i, start : start + size] = torch.tensor([*prompt, *answer], dtype=torch.long)
+        attention_mask[i, start : start + size] = 1
+        labels[i, start + len(prompt) : start + size] = torch.tensor(answer, dtype=torch.long)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -1,0 +1,488 @@
+"""The trade-off benchmark: every method trains, cells are kept, and the summary's arithmetic."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_ogpsa import Reference, chat
+from lora_ogpsa.answers import base_mode
+from lora_ogpsa.errors import ConfigError, DataError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import tradeoff
+import tradeoff_cells
+import tradeoff_stages
+from rivals import METHODS, Method, ogpsa_method
+from rivals.base import ReferenceStream
+from rivals.surgery import agem
+from tradeoff_data import Source
+from tradeoff_stages import StageSettings, run_stage
+from tradeoff_summary import run_path, summarise, table
+
+STEPS = 5
+TRAINED = [name for name, method in METHODS.items() if method.kind != "scaled"]
+# In a few steps a random model drifts less than the default rule allows.
+BUILT = {**METHODS, "default": ogpsa_method("default", {"budget": 0.0})}
+
+
+@pytest.fixture(scope="module")
+def objectives(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> list[Any]:
+    model = tiny_model()
+    return [
+        Reference(kind, "embedded:harmless", kind=kind, limit=6, max_new_tokens=8).prepare(
+            model, tiny_tokenizer
+        )
+        for kind in ("general", "lookalike")
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_tokenizer: Any) -> dict[str, list[Any]]:
+    examples = Source(None).answered(tiny_tokenizer, 256)[:24]
+    pairs = [(a, (a[0], b[1])) for a, b in itertools.pairwise(examples)]
+    return {"sft": examples, "dpo": pairs}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_model: Callable[..., Any], rows: dict[str, list[Any]], objectives: list[Any]
+) -> Callable[..., Any]:
+    @functools.cache
+    def train(name: str, stage: str = "sft", passes: float = 1.0) -> tuple[Any, Any]:
+        rival = BUILT[name].build()
+        model = tiny_model()
+        torch.manual_seed(0)
+        model = rival.wrap(model, objectives, round(passes * STEPS))
+        run_stage(
+            StageSettings(stage, STEPS, 2, 0.1),
+            rival,
+            model,
+            rows[stage],
+            objectives,
+            pad=2,
+            precision="float32",
+            passes=passes,
+            seed=0,
+            after_step=lambda step: None,
+            report=lambda text: None,
+        )
+        return model, rival
+
+    return train
+
+
+def parameters(model: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+# ---------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_method_trains_and_not_as_plain_does(
+    name: str, stage: str, trained: Callable[..., Any], tiny_model: Callable[..., Any]
+) -> None:
+    if name.startswith("pcgrad"):
+        pytest.importorskip("torchjd")
+    if name == "corda":
+        pytest.importorskip("attr")
+    after = parameters(trained(name, stage)[0])
+    assert after.isfinite().all()
+    if name != "corda":  # whose beginning needs references
+        torch.manual_seed(0)
+        before = parameters(METHODS[name].build().wrap(tiny_model(), [], 0))
+        assert not torch.equal(after, before)
+    plain = parameters(trained("plain", stage)[0])
+    assert name == "plain" or after.shape != plain.shape or not torch.equal(after, plain)
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINED if METHODS[n].build().references])
+def test_the_budget_of_reference_passes_is_the_same_for_all(
+    name: str, trained: Callable[..., Any]
+) -> None:
+    if name.startswith("pcgrad"):
+        pytest.importorskip("torchjd")
+    if name == "corda":
+        pytest.importorskip("attr")
+    _, rival = trained(name)
+    # An interval schedule takes the same whole number of examples at each of two refreshes.
+    assert abs(rival.passes - STEPS) <= 1
+    assert rival.extra_seconds > 0
+
+
+def test_plain_training_has_no_extra_cost(trained: Callable[..., Any]) -> None:
+    _, rival = trained("plain")
+    assert rival.passes == 0
+    assert rival.extra_seconds == 0.0
+
+
+def test_methods_of_a_seed_begin_with_the_same_adapter(tiny_model: Callable[..., Any]) -> None:
+    found = []
+    for name in ("plain", "default", "replay_1"):
+        torch.manual_seed(3)
+        found.append(parameters(METHODS[name].build().wrap(tiny_model(), [], 0)))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_corda_is_measured_against_the_original_base(
+    trained: Callable[..., Any], tiny_model: Callable[..., Any]
+) -> None:
+    pytest.importorskip("attr")
+    model, rival = trained("corda")
+    ids = torch.arange(20).view(2, 10)
+    twin = rival.measured(model)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        with base_mode(twin):
+            torch.testing.assert_close(twin(ids).logits, tiny_model()(ids).logits)
+        with base_mode(model):
+            assert not torch.allclose(model(ids).logits, tiny_model()(ids).logits, atol=1e-3)
+
+
+def test_osf_begins_at_the_base_model(tiny_model: Callable[..., Any]) -> None:
+    model = METHODS["osf"].build().wrap(tiny_model(), [], 0)
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, tiny_model()(ids).logits)
+
+
+def test_agem_removes_only_what_conflicts() -> None:
+    g, along, against = torch.randn(3, 50)
+    along, against = along * (along @ g).sign(), -against * (against @ g).sign()
+    assert agem(g, along) is g
+    projected = agem(g, against)
+    assert abs(projected @ against) < 1e-4
+    torch.testing.assert_close(projected + (g @ against) / (against @ against) * against, g)
+
+
+def test_pcgrad_sums_what_is_left_after_projections() -> None:
+    pytest.importorskip("torchjd")
+    from rivals.surgery import pcgrad
+
+    a, b = torch.randn(2, 50).double()
+    b = -b * (a @ b).sign()
+    expected = (a - (a @ b) / (b @ b) * b) + (b - (a @ b) / (a @ a) * a)
+    torch.testing.assert_close(pcgrad(a, b), expected)
+
+
+@pytest.mark.parametrize(("passes", "expected"), [(1.0, 8), (2.0, 16), (0.5, 4), (0.3, 3)])
+def test_stream_takes_its_share_of_every_step(
+    passes: float, expected: int, objectives: list[Any]
+) -> None:
+    stream = ReferenceStream(objectives, passes, seed=0)
+    taken = [stream.take(step) for step in range(8)]
+    assert taken[0] is not None
+    assert sum(len(found[1]) for found in taken if found) == expected
+    names = [found[0].name for found in taken if found]
+    assert names[:2] == ["general", "lookalike"]
+
+
+def test_stream_goes_through_all_examples_before_repeating(objectives: list[Any]) -> None:
+    stream = ReferenceStream(objectives, 1.0, seed=0)
+    drawn = stream.split(2 * 6)
+    assert [sorted(examples) for _, examples in drawn] == [list(range(6))] * 2
+
+
+# ----------------------------------------------------------------------------------------- stages
+
+
+def test_batches_are_the_same_for_every_method_and_differ_between_seeds() -> None:
+    rows = list(range(10))
+    first = tradeoff_stages.batches(rows, 0, 5, 4)
+    assert first == tradeoff_stages.batches(rows, 0, 5, 4)
+    assert first != tradeoff_stages.batches(rows, 1, 5, 4)
+    assert [len(batch) for batch in first] == [4] * 5
+
+
+def test_preference_loss_is_measured_from_the_policy_at_the_start_of_the_stage(
+    trained: Callable[..., Any], rows: dict[str, list[Any]]
+) -> None:
+    model, _ = trained("plain")  # a policy that is no longer the base model
+    settings = StageSettings("dpo", 1, 2, 1e-2)
+    ((pairs, reference),) = tradeoff_stages._with_reference_policy(
+        model, [rows["dpo"][:2]], 2, "float32"
+    )
+    with tradeoff_stages.cast(model, "float32"):
+        loss = tradeoff_stages._loss(settings, model, (pairs, reference), 2)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    # The log-probability of one answer, by hand.
+    prompt, answer = rows["dpo"][0][0]
+    ids = torch.tensor([[*prompt, *answer]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    by_hand = logits.gather(1, torch.tensor(answer)[:, None]).sum()
+    assert reference[0].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    small = ["--steps", "2", "--dpo-steps", "2", "--batch", "2", "--dpo-batch", "2"]
+    small += [
+        "--limit",
+        "4",
+        "--nll-limit",
+        "2",
+        "--kl-limit",
+        "2",
+        "--new-tokens",
+        "4",
+        "--checkpoints",
+        "2",
+    ]
+    places = ["--cells", str(tmp_path / "cells"), "--output", str(tmp_path / "tradeoff.json")]
+    return ["--model", str(tiny_folder), "--learning-rate", "1e-2", *small, *places]
+
+
+def test_command_writes_results_and_resumes(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = ["--stage", "sft_dpo", "--methods", "plain", "default", "kl_penalty_1"]
+    variant = ["--ogpsa", 'tight={"budget": 0.01}']
+    tradeoff.main([*command, *chosen, *variant])
+    report = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert set(report["summary"]) == {
+        *("base", "plain", "early_stop", "default", "kl_penalty_1", "tight")
+    }
+    wanted = {"seeds", "tax_removed", "tax_removed_mean", "matched", "tax_removed_end"}
+    wanted |= {"harmful_gap", "reference_passes", "run_overhead"}
+    assert wanted <= set(report["summary"]["default"])
+    assert "over_refusal" in report["summary"]["default"]["tax_removed"]
+    assert report["summary"]["default"]["reference_passes"] == pytest.approx(1.0)
+    assert report["summary"]["kl_penalty_1"]["best_of_grid"] is True
+    cell = next(c for c in report["cells"] if c["method"] == "default")
+    assert [(p["stage"], p["step"]) for p in cell["points"]] == [
+        *(("sft", 1), ("sft", 2), ("dpo", 3), ("dpo", 4))
+    ]
+    assert str(tmp_path) not in (tmp_path / "tradeoff.json").read_text()
+    assert "| default |" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
+
+    # Again: nothing is trained but what is new.
+    ran = []
+    real = tradeoff_cells.run_stage
+    monkeypatch.setattr(
+        tradeoff_cells,
+        "run_stage",
+        lambda stage, *a, **k: ran.append(stage) or real(stage, *a, **k),
+    )
+    tradeoff.main([*command, *chosen, *variant])
+    assert ran == []
+    tradeoff.main([*command, *chosen, "--ogpsa", 'tight={"budget": 0.02}'])
+    assert len(ran) == 2
+    # Other processes' cells are in the summary, of variants the newest.
+    tradeoff.main([*command, "--stage", "sft_dpo", "--summary-only"])
+    report = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert report["summary"]["tight"]["seeds"] == [0]
+    assert len(ran) == 2
+
+
+def test_plain_adapter_scaled_down_lies_between_base_and_plain(
+    command: list[str], tmp_path: Path
+) -> None:
+    tradeoff.main([*command, "--methods", "scaled_adapter"])
+    cells = json.loads((tmp_path / "tradeoff.json").read_text())["cells"]
+    found = {cell["method"]: cell for cell in cells}
+    points = found["scaled_adapter"]["points"]
+    assert [point["step"] for point in points] == [0.5, 0.7, 0.85, 1.0]
+    drift = [point["values"]["alpaca_kl"] for point in points]
+    assert 0 < drift[0] < drift[-1]
+    assert points[-1]["values"] == found["plain"]["points"][-1]["values"]
+
+
+def test_a_cell_that_fails_does_not_take_the_others_with_it(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "broken", Method("broken", "ewc", {"weight": "heavy"}))
+    with pytest.raises(SystemExit, match="1 cells failed.*broken"):
+        tradeoff.main([*command, "--methods", "broken", "plain"])
+    report = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert [failure["method"] for failure in report["failures"]] == ["broken"]
+    assert "plain" in report["summary"]
+
+
+def test_a_4bit_base_is_refused_where_weights_are_decomposed(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    options = tradeoff.parse(["--model", str(tiny_folder), "--load-in-4bit"])
+    cells = tradeoff_cells.Cells(tmp_path, tradeoff.setting_of(options))
+    with pytest.raises(ConfigError, match="4-bit"):
+        cells.run(METHODS["osf"], 0, lambda text: None)
+
+
+def test_a_cell_is_known_by_everything_that_makes_it(tmp_path: Path) -> None:
+    def path(*arguments: str, method: str = "default", seed: int = 0) -> Path:
+        setting = tradeoff.setting_of(tradeoff.parse(list(arguments)))
+        return tradeoff_cells.Cells(tmp_path, setting).path(METHODS[method], seed)
+
+    changes = [
+        ("--steps", "61"),
+        ("--learning-rate", "1e-4"),
+        ("--batch", "9"),
+        ("--max-length", "99"),
+        ("--limit", "61"),
+        ("--reference-passes", "2"),
+        ("--checkpoint-steps", "5"),
+        ("--load-in-4bit",),
+        ("--precision", "bfloat16"),
+        ("--precision", "float32"),
+        ("--stage", "dpo"),
+    ]
+    paths = [path(seed=1), path(method="paper_shared"), *(path(*c) for c in changes)]
+    assert len(set(paths)) == len(paths)
+    assert path() == path("--dpo-steps", "7")  # not a setting of this stage
+
+
+def test_checkpoints_are_spread_evenly_and_end_at_the_end() -> None:
+    assert tradeoff.checkpoints(60, 4, None) == (15, 30, 45, 60)
+    assert tradeoff.checkpoints(60, 4, [5, 10, 90]) == (5, 10, 60)
+    assert tradeoff.checkpoints(1, 4, None) == (1,)
+
+
+def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="lacks"):
+        Source.named(str(tmp_path))
+
+
+def test_no_method_trains_on_what_is_measured() -> None:
+    source = Source(None)
+    held_out, trained = source.safety_rows()
+    prompts = {chat.as_messages(row)[0][0]["content"] for row in trained}
+    assert not prompts & {chat.as_messages(row)[0][0]["content"] for row in held_out}
+    assert all(
+        "eval_" not in str(reference.data)
+        for wanted in ("shared", "datasets")
+        for folder in (None, Path("somewhere"))
+        for reference in Source(folder).references(wanted)
+    )
+
+
+# ---------------------------------------------------------------------------------------- summary
+
+
+def cell(method: str, seed: int, *points: tuple[float, float, float, float], **facts: Any) -> Any:
+    """Points are (step, harmful, over_refusal, gsm8k_nll)."""
+    return {
+        "method": method,
+        "seed": seed,
+        "points": [
+            {
+                "stage": facts.get("stage", "sft"),
+                "step": step,
+                "values": {"harmful": harmful, "over_refusal": refused, "gsm8k_nll": nll},
+            }
+            for step, harmful, refused, nll in points
+        ],
+        "train_seconds": 120.0,
+        "extra_seconds": 20.0,
+        "reference_passes": 1.0,
+        **facts,
+    }
+
+
+def test_tax_removed_at_matched_safety_by_hand() -> None:
+    cells = [
+        cell("base", 0, (0, 0.0, 0.0, 1.0)),
+        cell("plain", 0, (30, 0.49, 0.2, 1.2), (60, 1.0, 0.8, 1.5)),
+        cell("plain", 1, (30, 0.9, 0.6, 1.3), (60, 1.0, 1.0, 1.3)),
+        # Reaches 0.98 at step 30 + 30 * 0.48 / 0.5 = 58.8, and at step 30.
+        cell("default", 0, (30, 0.5, 0.0, 1.1), (60, 1.0, 0.5, 1.1)),
+        cell("default", 1, (30, 0.98, 0.2, 0.9), (60, 1.0, 0.4, 1.2)),
+        cell("weak", 0, (30, 0.5, 0.1, 1.0), (60, 0.6, 0.1, 1.0)),
+        cell("weak", 1, (30, 0.5, 0.1, 1.0), (60, 0.98, 0.1, 1.0)),
+    ]
+    summary = summarise(cells)
+    ours = summary["default"]
+    first = {"over_refusal": 0.5 * 0.96, "gsm8k_nll": 1.1}
+    assert ours["seeds"] == [0, 1]
+    assert ours["matched"] == 1.0
+    assert ours["by_seed"][0]["step"] == pytest.approx(58.8)
+    assert ours["by_seed"][0]["metrics"] == pytest.approx(first)
+    refused, nll = (first["over_refusal"] + 0.2) / 2, (1.1 + 0.9) / 2
+    expected = {"over_refusal": 1 - refused / 0.9, "gsm8k_nll": 1 - (nll - 1) / 0.4}
+    assert ours["tax_removed"] == pytest.approx(expected)
+    assert ours["tax_removed_mean"] == pytest.approx(sum(expected.values()) / 2)
+    at_end = {"over_refusal": 1 - 0.45 / 0.9, "gsm8k_nll": 1 - 0.15 / 0.4}
+    assert ours["tax_removed_end"] == pytest.approx(at_end)
+    assert ours["harmful_gap"] == pytest.approx(0.0)
+    assert ours["run_overhead"] == pytest.approx(0.2)
+    assert ours["reference_passes"] == 1.0
+
+    assert summary["plain"]["tax_removed"] == pytest.approx({"over_refusal": 0, "gsm8k_nll": 0})
+    stopped = summary["early_stop"]["by_seed"]
+    assert stopped[1]["step"] == pytest.approx(30 + 30 * 0.08 / 0.1)
+    assert summary["early_stop"]["tax_removed_mean"] > 0
+
+    # Only the seed that got there counts, against plain training of that seed.
+    weak = summary["weak"]
+    assert weak["matched"] == 0.5
+    assert weak["tax_removed"] == pytest.approx({"over_refusal": 0.9, "gsm8k_nll": 1.0})
+    assert weak["harmful_gap"] == pytest.approx((-0.4 - 0.02) / 2)
+    assert table(summary).count("\n") == 1 + len(summary)
+
+
+def test_a_method_that_never_gets_there_has_no_tax_removed() -> None:
+    cells = [
+        cell("base", 0, (0, 0.0, 0.0, 1.0)),
+        cell("plain", 0, (60, 1.0, 0.8, 1.5)),
+        cell("weak", 0, (60, 0.6, 0.1, 1.0)),
+    ]
+    weak = summarise(cells)["weak"]
+    assert weak["matched"] == 0.0
+    assert weak["tax_removed"] == {"over_refusal": None, "gsm8k_nll": None}
+    assert weak["tax_removed_mean"] is None
+    assert weak["tax_removed_end"]["gsm8k_nll"] == pytest.approx(1.0)
+
+
+def test_where_plain_training_did_not_help_there_is_nothing_to_match() -> None:
+    cells = [
+        cell("base", 0, (0, 0.10, 0.0, 1.0)),
+        cell("plain", 0, (60, 0.11, 0.8, 1.5)),
+        cell("default", 0, (60, 0.5, 0.1, 1.0)),
+    ]
+    summary = summarise(cells)
+    assert summary["default"]["matched"] == 0.0
+    assert summary["early_stop"]["tax_removed_mean"] is None
+
+
+def test_the_best_of_a_grid_is_named() -> None:
+    cells = [
+        cell("base", 0, (0, 0.0, 0.0, 1.0)),
+        cell("plain", 0, (60, 1.0, 0.8, 1.5)),
+        cell("replay_0.3", 0, (60, 1.0, 0.4, 1.5), grid="replay"),
+        cell("replay_1", 0, (60, 1.0, 0.2, 1.5), grid="replay"),
+        cell("replay_3", 0, (60, 0.5, 0.0, 1.0), grid="replay"),
+    ]
+    summary = summarise(cells)
+    best = {name: entry.get("best_of_grid") for name, entry in summary.items()}
+    assert best["replay_1"] is True
+    assert best["replay_0.3"] is False
+    assert best["replay_3"] is False  # not as safe
+    assert best["plain"] is None
+
+
+def test_after_two_stages_only_the_last_one_is_compared() -> None:
+    base = cell("base", 0, (0, 0.0, 0.0, 1.0))
+    own = cell("default", 0, (60, 1.0, 0.5, 1.2))
+    own["points"].append({**own["points"][0], "stage": "dpo", "step": 120})
+    assert [point.step for point in run_path(own, base)] == [120]
+    assert [p.step for p in run_path(cell("default", 0, (60, 1.0, 0.5, 1.2)), base)] == [0, 60]
