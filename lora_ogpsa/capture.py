@@ -128,17 +128,20 @@ def _captured_forward(
     fold: int,
 ) -> Callable[[Tensor], Tensor]:
     examples = weight_target.shape[0]
-
-    def add(target: Tensor, rows: Tensor) -> None:
-        # `+=`, since a module that is called twice has two contributions.
-        target.add_(rows.unflatten(0, (fold, examples)).sum(0) if fold > 1 else rows)
+    matrices = weight_target.unflatten(1, module.weight.shape)
 
     def sink(x: Tensor, grad: Tensor) -> None:
         capture.reached.add(name)
         x, grad = x.flatten(1, -2).float(), grad.flatten(1, -2).float()
-        add(weight_target, torch.bmm(grad.mT, x).flatten(1))
-        if bias_target is not None:
-            add(bias_target, grad.sum(1))
+        # Added, since a module that is called twice has two contributions; in place, since a
+        # batch of rows of the largest module is what a capture would need beside its targets.
+        for xs, grads in zip(x.chunk(fold), grad.chunk(fold), strict=True):
+            if matrices.device == grads.device:
+                matrices.baddbmm_(grads.mT, xs)
+            else:
+                matrices.add_(torch.bmm(grads.mT, xs).to(matrices.device))
+            if bias_target is not None:
+                bias_target.add_(grads.sum(1).to(bias_target.device))
 
     def forward(x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -167,21 +170,19 @@ def quiet(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]:
             checkpoint only in training mode, so exactly those keep it, and their children, which
             hold the dropout, do not.
     """
-    modes = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     devices = sorted({p.device.index for p, _ in trainable if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices, enabled=True):
         try:
-            for module in modes:
-                module.training = (
-                    checkpointing
-                    and modes[module]
-                    and getattr(module, "gradient_checkpointing", False) is True
-                )
+            for module in training:
+                # Turning it on sets it on the layer itself; a module's `getattr` would be slow.
+                if not (checkpointing and vars(module).get("gradient_checkpointing") is True):
+                    module.training = False
             yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            for module in training:
+                module.training = True
             for parameter, flag in trainable:
                 if parameter.requires_grad != flag:
                     parameter.requires_grad_(flag)

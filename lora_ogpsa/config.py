@@ -15,7 +15,7 @@ Constraint = Literal["budget", "halfspace", "orthogonal"]
 Metric = Literal["optimizer", "euclidean"]
 Refresh = Literal["stream", "interval"]
 Rows = Literal["examples", "means"]
-BasisDtype = Literal["float32", "bfloat16", "float16"]
+BasisDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "space": ("update", "gradient"),
@@ -24,7 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "metric": ("optimizer", "euclidean"),
     "refresh": ("stream", "interval"),
     "rows": ("examples", "means"),
-    "basis_dtype": ("float32", "bfloat16", "float16"),
+    "basis_dtype": ("float32", "bfloat16", "float16", "int8"),
 }
 
 # What a preset fixes is its rule: a different value asked for beside it is a contradiction.
@@ -42,7 +42,12 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "early_refreshes": (),
             "restoration": 0.0,
         },
-        {"rank": 2, "refresh_every": 30, "references_per_refresh": 400},
+        {
+            "rank": 2,
+            "refresh_every": 30,
+            "references_per_refresh": 400,
+            "basis_dtype": "float32",  # two rows cost nothing
+        },
     ),
 }
 
@@ -94,8 +99,11 @@ class OGPSAConfig:
             ``rank``.
         rows: what the basis is made of: ``"examples"`` (per-example gradients, and the data-set
             means) or ``"means"`` (the means alone).
-        basis_dtype: dtype the basis is stored in. Lower precision costs no exactness: the
-            projection is orthogonal to the rows as stored.
+        basis_dtype: dtype the basis is stored in; ``"int8"`` is 8-bit blocks with a scale each.
+            Lower precision costs no exactness: the projection is orthogonal to the rows as
+            stored.
+        offload: keep the bases and sketches of ``constraint="orthogonal"`` in host memory and
+            stream the bases to the device at each step.
         budget: :math:`\tau`, nats per token by which a reference loss may exceed the base
             model's. A reference may set its own.
         recovery: :math:`\rho`, the share of an overdrawn budget recovered per step.
@@ -127,7 +135,8 @@ class OGPSAConfig:
     energy: float | None = None
     sketch_size: int | None = None
     rows: Rows = "examples"
-    basis_dtype: BasisDtype = "float32"
+    basis_dtype: BasisDtype = "bfloat16"
+    offload: bool = False
     budget: float = 0.1
     recovery: float = 0.3
     max_correction: float = 3.0
@@ -257,6 +266,8 @@ class OGPSAConfig:
                     f"`{name}` should be a number in {ends[0]}{low:g}, {high:g}{ends[1]}. "
                     f"Found {value!r}."
                 )
+        if not isinstance(self.offload, bool):
+            raise ConfigError(f"`offload` should be true or false. Found {self.offload!r}.")
         if not all(
             isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in self.early_refreshes
         ):
@@ -286,6 +297,13 @@ class OGPSAConfig:
             problems.append(
                 "`constraint='budget'` steers back by itself (`recovery`); `restoration` is for "
                 "the other constraints and should be 0."
+            )
+        if self.constraint != "orthogonal" and (self.basis_dtype == "int8" or self.offload):
+            found = "basis_dtype='int8'" if self.basis_dtype == "int8" else "offload=True"
+            problems.append(
+                f"`{found}` is about the bases of `constraint='orthogonal'`, and "
+                f"`constraint={self.constraint!r}` has none: it keeps one mean row per reference. "
+                "Leave it out."
             )
         if self.space == "gradient" and self.metric == "optimizer":
             problems.append(

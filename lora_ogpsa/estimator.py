@@ -19,7 +19,12 @@ from lora_ogpsa.rules import MAX_INEQUALITIES
 from lora_ogpsa.sketch import FrequentDirections
 from lora_ogpsa.subspace import Subspace
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 @dataclass
@@ -65,7 +70,10 @@ class Estimator:
         self.objectives = list(objectives)
         self.config = config
         self.slabs = space.slabs(config.granularity or "adapter")
-        self.means = space.zeros(len(self.objectives))
+        # Where they only go into bases, at intervals, they would take up the device in vain.
+        idle = config.constraint == "orthogonal" and config.refresh == "interval"
+        home = "cpu" if idle and config.restoration == 0 else space.device
+        self.means = torch.zeros(len(self.objectives), space.size, device=home)
         self.excess = torch.zeros(len(self.objectives), device=space.device)
         # How much of each mean row is data rather than its initial zero (bias correction).
         self.mass = [0.0] * len(self.objectives)
@@ -75,17 +83,25 @@ class Estimator:
         self.sketches: list[FrequentDirections] | None = None
         if config.constraint == "orthogonal":
             self.subspace = Subspace(
-                self.slabs, config.rank, dtype=_DTYPES[config.basis_dtype], device=space.device
+                self.slabs,
+                config.rank,
+                dtype=_DTYPES[config.basis_dtype],
+                device=space.device,
+                offload=config.offload,
             )
             if config.rows == "examples":
                 size = config.sketch_size or 2 * config.rank
+                capacity = size + max(size, config.reference_batch_size)
+                if config.decay == 0.0:
+                    # Sketches start over at each refresh: its rows are all there will be.
+                    capacity = max(size + 1, min(capacity, config.references_per_refresh or 1))
                 self.sketches = [
                     FrequentDirections(
                         size,
                         slab.width,
                         slab.count,
-                        capacity=size + max(size, config.reference_batch_size),
-                        device=space.device,
+                        capacity=capacity,
+                        device="cpu" if config.offload else space.device,
                     )
                     for slab in self.slabs
                 ]
@@ -136,6 +152,9 @@ class Estimator:
         for index, share in shares.items():
             self._gather(index, share, seen)
         self._update_basis()
+        if self.config.decay == 0.0:
+            for sketch in self.sketches or ():
+                sketch.clear()
         return seen
 
     def _still_holds(self, seen: Refreshed) -> bool:
@@ -184,7 +203,7 @@ class Estimator:
         fresh /= count
         if sketches is not None and self.sketches is not None and size > 1:
             for own, local in zip(self.sketches, sketches, strict=True):
-                own.append(gather_rows(local.rows))
+                own.append(gather_rows(local.rows.to(self.space.device)))
         captured = self._captured(fresh)
         if captured is not None:
             seen.captured.append(captured)
@@ -196,7 +215,7 @@ class Estimator:
         decay = self.config.decay or 0.0
         self.mass[index] = decay * self.mass[index] + (1 - decay)
         share = (1 - decay) / self.mass[index]
-        self.means[index].lerp_(fresh, share)
+        self.means[index].lerp_(fresh.to(self.means.device), share)
         self.excess[index].lerp_(excess, share)
 
     def _captured(self, fresh: Tensor) -> Tensor | None:

@@ -11,6 +11,8 @@ from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.reference import Reference
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# 8-bit blocks of 256 have a float32 scale each.
+_BASIS_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1 + 4 / 256}
 # Bytes of optimizer state per trained parameter; what is not listed is taken for AdamW.
 _OPTIMIZER_BYTES = (("8bit", 2.0), ("sgd", 0.0), ("adafactor", 0.1), ("lion", 4.0))
 # An 8B Llama with rank 16 on all linear layers, from which an unknown model is scaled.
@@ -158,19 +160,26 @@ def estimate(recipe: Recipe, stage: Stage, size: ModelSize, tokens: int) -> dict
 
 
 def ogpsa_bytes(config: OGPSAConfig, references: int, d: int) -> float:
-    """What OGPSA keeps: mean rows and work space, and for bases their rows and sketches.
+    """The most that OGPSA holds on the device at once (benchmarks/memory.py measures it).
+
+    That is its rows or bases, and what a step or a refresh needs beside them: vectors of the
+    adapter's length, or the rows of a sketch.
 
     Args:
         config: the settings.
         references: how many, K.
         d: trained parameters.
     """
-    found = 4.0 * (references + 3) * d
-    if config.constraint == "orthogonal":
-        found += config.rank * d * _DTYPE_BYTES[config.basis_dtype]
-        if config.rows == "examples":
-            found += 2 * (config.sketch_size or 2 * config.rank) * d * 4
-    return found
+    vector, step = 4.0 * d, 4
+    if config.constraint != "orthogonal":
+        return (references + step) * vector
+    if config.offload:
+        return step * vector
+    sketch = 0
+    if config.rows == "examples":
+        size = config.sketch_size or 2 * config.rank
+        sketch = max(size + 1, config.references_per_refresh or 1)
+    return config.rank * d * _BASIS_BYTES[config.basis_dtype] + max(step, sketch) * vector
 
 
 def _activations(stage: Stage, size: ModelSize, tokens: int) -> float:

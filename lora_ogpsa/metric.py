@@ -37,39 +37,46 @@ class InverseMetric:
         self.optimizer = optimizer
         self.damping = damping
         self.own: Tensor | None = None
-        self._values: Tensor | None = None
 
     @property
     def latest(self) -> Tensor | None:
-        """The last result of :meth:`update`, ``None`` before the first."""
-        return self._values
+        """The metric between steps [d], ``None`` before the first.
+
+        Made anew from the optimizer's state rather than kept: it would take the memory of the
+        whole adapter throughout training.
+        """
+        moments = self._optimizer_moments()
+        if moments is None and self.own is None:
+            return None
+        return self._values(moments)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average of our own, if there is one, and the latest values."""
-        held = {"metric.own": self.own, "metric.latest": self._values}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        """The average of our own, if there is one."""
+        return {} if self.own is None else {"metric.own": self.own}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` gave, from among other tensors."""
         if "metric.own" in tensors:
             self.own = self.space.zeros().copy_(tensors["metric.own"])
-        if "metric.latest" in tensors:
-            self._values = self.space.zeros().copy_(tensors["metric.latest"])
 
     @torch.no_grad()
     def update(self) -> Tensor:
         """After a step, while its gradients are still there: the diagonal of M⁻¹ [d], float32."""
-        if self._values is None:
-            self._values = self.space.zeros()
-        values = self._values
         moments = self._optimizer_moments()
         if moments is None:
-            values.copy_(self._own_moments())
+            self._update_own()
+        return self._values(moments)
+
+    @torch.no_grad()
+    def _values(self, moments: list[Tensor | None] | None) -> Tensor:
+        """The diagonal of M⁻¹ [d] from the optimizer's moments, or else from our own."""
+        values = self.space.zeros()
+        if moments is None:
+            assert self.own is not None
+            values.copy_(self.own)
         else:
             views = self.space.views(values)
             pairs = [(v, m) for v, m in zip(views, moments, strict=True) if m is not None]
-            if len(pairs) < len(views):
-                values.zero_()
             torch._foreach_copy_([v for v, _ in pairs], [m for _, m in pairs])
         scale = values.mean().sqrt()
         values.sqrt_().div_(scale.clamp_min(torch.finfo(values.dtype).tiny))
@@ -95,7 +102,7 @@ class InverseMetric:
             found.append(whole(moment))
         return found if any(m is not None for m in found) else None
 
-    def _own_moments(self) -> Tensor:
+    def _update_own(self) -> None:
         if self.own is None:
             self.own = self.space.zeros()
         for view, parameter in zip(self.space.views(self.own), self.space.parameters, strict=True):
@@ -103,7 +110,6 @@ class InverseMetric:
             if parameter.grad is not None:
                 # A fused step under a GradScaler has unscaled them in place by now.
                 view.add_(whole(parameter.grad).float().square(), alpha=1 - _OWN_DECAY)
-        return self.own
 
     def _apply_learning_rates(self, values: Tensor) -> None:
         rates = {

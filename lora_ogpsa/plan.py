@@ -260,9 +260,10 @@ def _stage_lines(plan: StagePlan) -> list[RenderableType]:
 
 def shown_settings(config: OGPSAConfig) -> dict[str, Any]:
     """The resolved settings that have a say under the chosen constraint."""
+    of_bases = ("rank", "energy", "sketch_size", "rows", "basis_dtype", "offload")
     idle = {
-        "budget": ("rank", "energy", "sketch_size", "rows", "basis_dtype", "restoration"),
-        "halfspace": ("rank", "energy", "sketch_size", "rows", "basis_dtype", "budget", "recovery"),
+        "budget": (*of_bases, "restoration"),
+        "halfspace": (*of_bases, "budget", "recovery"),
         "orthogonal": ("budget", "recovery", "max_correction"),
     }[config.constraint]
     skipped = {*idle, "preset" if config.preset is None else ""}

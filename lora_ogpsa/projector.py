@@ -100,6 +100,7 @@ class OGPSA:
         names = [r.name for r in chosen]
         if len(set(names)) < len(names):
             raise ConfigError(f"Reference names should be unique. Found {names}.")
+        safeguards.check_base(model, chosen, self.config)
         with first_process_first():
             objectives = [
                 r.prepare(model, processing_class, cache=cache) if isinstance(r, Reference) else r
@@ -118,7 +119,8 @@ class OGPSA:
         )
         #: Optimizer steps taken so far.
         self.steps = 0
-        self._flat = self.space.zeros()
+        # The parameters before a step; only within one, when a training pass's memory is free.
+        self._flat: Tensor | None = None
         self._typical = torch.zeros((), device=self.space.device)
         self._moved = False
         self._skipped = False
@@ -181,7 +183,7 @@ class OGPSA:
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         safeguards.refuse_closure(args, kwargs)
         safeguards.check_held(self.space, self.optimizer)
-        safeguards.check_device(self.space, self._flat)
+        safeguards.check_device(self.space, self._typical)
         # A fused optimizer under a GradScaler runs its hooks even if the step is skipped.
         overflow = getattr(optimizer, "found_inf", None)
         self._skipped = overflow is not None and bool(overflow > 0)
@@ -197,7 +199,7 @@ class OGPSA:
         if self.config.space == "gradient":
             self._project_gradients()
         else:
-            self.space.read(self._flat)
+            self._flat = self.space.read()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -205,18 +207,18 @@ class OGPSA:
             return
         if not self._armed:
             # The outer of two nested steps: the inner one has been constrained already.
-            if self.config.space == "update":
+            if self._flat is not None:
                 safeguards.check_rest(self.space, self.optimizer, self._flat)
             return
-        if self.config.space == "update":
-            self._project_update()
+        if self._flat is not None:
+            self._project_update(self._flat)
         self.steps += 1
         self._armed = False
-        if self._nested:
-            self.space.read(self._flat)
+        nested_update = self._nested and self.config.space == "update"
+        self._flat = self.space.read() if nested_update else None
 
     def _project_gradients(self) -> None:
-        flat = self._flat.zero_()
+        flat = self.space.zeros()
         views = self.space.views(flat)
         held = [(v, p.grad) for v, p in zip(views, self.space.parameters, strict=True)]
         for view, grad in held:
@@ -232,13 +234,13 @@ class OGPSA:
                 target, value = local_pair(grad, view)
                 target.copy_(value)
 
-    def _project_update(self) -> None:
-        views = self.space.views(self._flat)
+    def _project_update(self, flat: Tensor) -> None:
+        views = self.space.views(flat)
         now = [whole(p.detach()) for p in self.space.parameters]
         if any(p.dtype != torch.float32 for p in now):
             now = [p.float() for p in now]
         torch._foreach_sub_(views, now)
-        step = self._flat.neg_()
+        step = flat.neg_()
         weights = self.metric.update() if self.metric is not None else None
         if not self._moved:
             self._moved = safeguards.check_movement(self.space, self.optimizer, step)
@@ -261,16 +263,14 @@ class OGPSA:
                 recovery=config.recovery,
                 max_correction=config.max_correction,
             )
+        if estimator.subspace is not None:
+            return estimator.subspace.correction(step, weights)
         fix = torch.zeros_like(step)
-        for index, slab in enumerate(estimator.slabs):
-            piece = slab.view(step)
+        for slab in estimator.slabs:
+            rows = slab.view(estimator.means).transpose(0, 1)
             inverse = None if weights is None else slab.view(weights)
-            if estimator.subspace is not None:
-                found = correction(estimator.subspace.bases[index], piece, inverse)
-            else:
-                rows = slab.view(estimator.means).transpose(0, 1)
-                found = correction(rows, piece, inverse, rows.new_zeros(rows.shape[:2]))
-            slab.view(fix).copy_(found)
+            none_worse = rows.new_zeros(rows.shape[:2])
+            slab.view(fix).copy_(correction(rows, slab.view(step), inverse, none_worse))
         return fix
 
     # ------------------------------------------------------------------ refreshes

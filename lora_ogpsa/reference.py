@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_ogpsa import chat, data
-from lora_ogpsa.answers import base_mode, own_answers, reference_policy
+from lora_ogpsa.answers import base_is_kept, base_mode, own_answers, reference_policy
 from lora_ogpsa.errors import ConfigError, DataError
 
 Loss = Literal["kl", "distill", "sft", "dpo"]
@@ -248,7 +248,7 @@ class Objective:
         Returns:
             Losses [B] with their graph, and excess over the base model [B], detached, both in
             nats per token. For ``"dpo"`` both are per pair, and the excess is over the policy that
-            the loss compares with.
+            the loss compares with. NaN where the adapter's initialisation changed the base.
         """
         chosen = [i * self.fold + part for part in range(self.fold) for i in indices]
         batch = _left_padded([self.sequences[i] for i in chosen])
@@ -267,6 +267,8 @@ class Objective:
             # A policy compared with itself prefers neither.
             return losses, losses.detach() - math.log(2)
         losses = self._likelihood(model, batch)
+        if not base_is_kept(model):
+            return losses, torch.full_like(losses, math.nan)
         unseen = [i for i in indices if i not in self._base]
         if unseen:
             with torch.no_grad(), base_mode(model):

@@ -154,18 +154,39 @@ def budget_correction(
     Returns:
         x - Δ [w], float32.
     """
-    weighted = rows if inverse_metric is None else rows * inverse_metric
-    gram = (weighted @ rows.mT).double()
-    residual = (rows @ step).double()
+    gram, residual, squared = _products(rows, step, inverse_metric)
     slack = slack.double()
     hold = solve_inequalities(gram, residual - slack.clamp_min(0))
     target = torch.where(slack < 0, recovery * slack, slack)
     back = solve_inequalities(gram, residual - target) - hold
-    squared = step.square() if inverse_metric is None else step.square() / inverse_metric
-    limit = max_correction * squared.sum().double().sqrt()
+    limit = max_correction * squared.sqrt()
     length = (back @ gram @ back).clamp_min(0).sqrt()
     lam = hold + back * (limit / length.clamp_min(1e-300)).clamp_max(1.0)
-    return -(weighted.mT @ lam.float())
+    found = lam.float().neg() @ rows
+    return found if inverse_metric is None else found.mul_(inverse_metric)
+
+
+def _products(
+    rows: Tensor, step: Tensor, inverse_metric: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CM⁻¹Cᵀ [k, k], CΔ [k] and ΔᵀMΔ, float64; a tile of columns at a time, never a copy of C."""
+    k, width = rows.shape
+    gram = rows.new_zeros(k, k, dtype=torch.float64)
+    residual = rows.new_zeros(k, dtype=torch.float64)
+    squared = rows.new_zeros((), dtype=torch.float64)
+    # On a CPU a tile should stay in the cache; on a GPU it should be worth its kernel launches.
+    wide = max(1, (_CHUNK if rows.is_cuda else _CHUNK >> 5) // k)
+    for at in range(0, width, wide):
+        part = slice(at, at + wide)
+        c, delta = rows[:, part], step[part]
+        if inverse_metric is None:
+            gram += c @ c.mT
+            squared += delta @ delta
+        else:
+            gram += (c * inverse_metric[part]) @ c.mT
+            squared += delta @ (delta / inverse_metric[part])
+        residual += c @ delta
+    return gram, residual, squared
 
 
 def restoration_step(

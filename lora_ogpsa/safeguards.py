@@ -1,6 +1,6 @@
 """Checks that a step can be constrained: if it cannot, the run stops; it never goes on unprotected.
 
-Each raises :class:`ProjectionError` with what was found, the likely cause, and the way out.
+Each raises an error with what was found, the likely cause, and the way out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from lora_ogpsa.adapters import AdapterSpace
-from lora_ogpsa.errors import ProjectionError
+from lora_ogpsa.answers import base_is_kept
+from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.errors import ConfigError, ProjectionError
+from lora_ogpsa.reference import Objective, Reference
 from lora_ogpsa.sharding import whole
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,39 @@ def check_held(space: AdapterSpace, optimizer: Any) -> None:
                 f"`{name}` was frozen after OGPSA was attached. Freeze before attaching, or "
                 "detach and attach again."
             )
+
+
+def check_base(
+    model: Any, references: Sequence[Reference | Objective], config: OGPSAConfig
+) -> None:
+    """What is measured from the base model needs one that the adapter's initialisation kept.
+
+    Raises:
+        ConfigError: it did not, and references or settings are measured from it.
+    """
+    if base_is_kept(model):
+        return
+    measured = [r.name for r in references if _loss(r) != "sft"]
+    settings = [
+        text
+        for text, used in (
+            ("`constraint='budget'`", config.constraint == "budget"),
+            ("`restoration`", config.restoration > 0),
+        )
+        if used
+    ]
+    if measured or settings:
+        raise ConfigError(
+            "The adapter's `init_lora_weights` (PiSSA, OLoRA, CorDA, LoftQ...) has changed the "
+            "base weights: with the adapter off they are not the base model any more, from which "
+            f"{' and '.join([*settings, *(f'reference `{name}`' for name in measured)])} would be "
+            "measured. Use a plain initialisation (True, 'gaussian', 'eva'), or "
+            "`constraint='orthogonal'` or `'halfspace'` with references of `loss='sft'`."
+        )
+
+
+def _loss(reference: Reference | Objective) -> str:
+    return reference.loss if isinstance(reference, Reference) else reference.reference.loss
 
 
 def warn_of_rounding(space: AdapterSpace) -> None:

@@ -49,7 +49,8 @@ class FrequentDirections:
         width: w, length of a row.
         count: number of streams sketched side by side; all receive rows in step.
         capacity: rows buffered before a shrink, at least `size` + 1; by default twice `size`.
-        device: device of the buffer.
+        device: device of the buffer, which is allocated with the first rows and freed by
+            :meth:`clear`.
 
     Raises:
         ConfigError: a size is not positive, or `capacity` does not exceed `size`.
@@ -71,19 +72,29 @@ class FrequentDirections:
                 f"Found size={size}, width={width}, count={count}, capacity={capacity}."
             )
         self.size = size
-        self.buffer = torch.zeros(count, capacity, width, device=device, dtype=torch.float32)
+        self.shape = (count, capacity, width)
+        self.device = torch.device("cpu" if device is None else device)
         self.filled = 0
+        # Between the refreshes of an interval schedule there is nothing to hold.
+        self._buffer: Tensor | None = None
 
     def empty_like(self) -> FrequentDirections:
         """A sketch of the same shape that has seen nothing."""
-        count, capacity, width = self.buffer.shape
-        return FrequentDirections(
-            self.size, width, count, capacity=capacity, device=self.buffer.device
-        )
+        count, capacity, width = self.shape
+        return FrequentDirections(self.size, width, count, capacity=capacity, device=self.device)
+
+    @property
+    def buffer(self) -> Tensor:
+        """Room for `capacity` rows [count, capacity, w]."""
+        if self._buffer is None:
+            self._buffer = torch.zeros(self.shape, device=self.device, dtype=torch.float32)
+        return self._buffer
 
     @property
     def rows(self) -> Tensor:
         """The rows held now [count, n, w], n ≤ capacity; a view."""
+        if self.filled == 0:
+            return torch.zeros(self.shape[0], 0, self.shape[2], device=self.device)
         return self.buffer[:, : self.filled]
 
     def reserve(self, n: int) -> Tensor:
@@ -92,11 +103,11 @@ class FrequentDirections:
         Raises:
             ConfigError: `n` rows do not fit beside a shrunk sketch.
         """
-        capacity = self.buffer.shape[1]
-        if n > capacity - self.size:
+        capacity = self.shape[1]
+        if n > capacity - min(self.filled, self.size):
             raise ConfigError(
-                f"{n} rows at once do not fit: the buffer takes {capacity - self.size} beside the "
-                f"sketch of {self.size}. Append fewer, or build it with a larger `capacity`."
+                f"{n} rows at once do not fit: the buffer takes {capacity} with the sketch of "
+                f"{self.size}. Append fewer, or build it with a larger `capacity`."
             )
         if self.filled + n > capacity:
             self.shrink()
@@ -111,7 +122,7 @@ class FrequentDirections:
         """Fold in `rows` [count, n, w] (or [n, w] for a single stream), any n."""
         if rows.dim() == 2:
             rows = rows.unsqueeze(0)
-        for part in rows.split(self.buffer.shape[1] - self.size, dim=1):
+        for part in rows.split(self.shape[1] - self.size, dim=1):
             self.reserve(part.shape[1]).copy_(part)
 
     def shrink(self) -> None:
@@ -138,8 +149,9 @@ class FrequentDirections:
         self.append(other.rows)
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Forget all rows, and free their memory."""
         self.filled = 0
+        self._buffer = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows held now [count, n, w], as a copy."""
@@ -148,7 +160,7 @@ class FrequentDirections:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` gave, exactly."""
         rows = state["rows"]
-        count, capacity, width = self.buffer.shape
+        count, capacity, width = self.shape
         if rows.shape[0] != count or rows.shape[1] > capacity or rows.shape[2] != width:
             raise ConfigError(
                 f"A saved sketch of shape {tuple(rows.shape)} does not fit one of {count} streams, "

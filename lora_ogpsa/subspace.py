@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from lora_ogpsa.adapters import Slab
+from lora_ogpsa.basis import StoredBasis
 from lora_ogpsa.errors import ConfigError
-from lora_ogpsa.rules import correction
+from lora_ogpsa.rules import solve_equalities
 from lora_ogpsa.sketch import gram_eigh
 
 # Directions whose energy is below this share of the strongest are taken for noise: gradients under
 # bf16 autocast carry about 0.3 % of it, and nearly parallel references differ by nothing else.
 _NOISE = 1e-6
+# Elements of mean rows and sketches worked on at a time: it bounds the memory of an estimate, and
+# on a CPU keeps its many passes over them in the cache.
+_GROUP_CPU, _GROUP_GPU = 1 << 20, 1 << 25
 
 
 class Subspace:
@@ -23,8 +27,10 @@ class Subspace:
     Args:
         slabs: how the vector falls into pieces (:meth:`AdapterSpace.slabs`).
         rank: k, rows stored per piece; a piece whose gradients span fewer has zero rows.
-        dtype: dtype the bases are stored in. Projections are exact for the rows as stored.
-        device: where the bases live.
+        dtype: dtype the bases are stored in (int8: blocks with a scale each). Projections are
+            exact for the rows as stored.
+        device: where vectors are projected.
+        offload: keep the bases in host memory and stream them to `device` at each use.
     """
 
     def __init__(
@@ -34,13 +40,26 @@ class Subspace:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        offload: bool = False,
     ) -> None:
         self.slabs = list(slabs)
         self.rank = rank
-        self.bases = [
-            torch.zeros(slab.count, min(rank, slab.width), slab.width, dtype=dtype, device=device)
+        self.stored = [
+            StoredBasis(
+                slab.count,
+                min(rank, slab.width),
+                slab.width,
+                dtype=dtype,
+                device=device,
+                offload=offload,
+            )
             for slab in self.slabs
         ]
+
+    @property
+    def bases(self) -> list[Tensor]:
+        """Per slab, the rows as stored [count, k, w]; in float32 and on the projecting device."""
+        return [basis.whole() for basis in self.stored]
 
     # ------------------------------------------------------------------ estimation
 
@@ -52,7 +71,7 @@ class Subspace:
         *,
         energy: float | None = None,
     ) -> None:
-        r"""Take the bases from mean rows and sketches.
+        r"""Take the bases from mean rows and sketches, which may lie on any device.
 
         The span of the means is always included (that is the paper's constraint); the rest of
         the rank goes to the top right-singular directions of the sketch outside that span.
@@ -63,44 +82,48 @@ class Subspace:
             energy: keep the fewest directions that hold this share of the sketch's energy (of
                 the means' energy where there is no sketch).
         """
-        for index, (slab, basis) in enumerate(zip(self.slabs, self.bases, strict=True)):
-            k = basis.shape[1]
-            parts = []
+        for index, (slab, basis) in enumerate(zip(self.slabs, self.stored, strict=True)):
+            rows = None if means is None else slab.view(means).transpose(0, 1)  # [count, K, w]
             sketch = None if sketches is None else sketches[index]
-            total = captured = None
-            if sketch is not None:
-                total = sketch.square().sum((-2, -1))
-                captured = torch.zeros_like(total)
-            if means is not None:
-                rows = slab.view(means).transpose(0, 1)  # [count, K, w]
-                # Unit rows: references must not be ranked by the size of their gradients.
-                rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-                first, _ = _principal(rows, min(k, rows.shape[1]))
-                parts.append(first)
-                if sketch is not None:
-                    inside = sketch @ first.mT
-                    captured = inside.square().sum((-2, -1))
-                    sketch = sketch - inside @ first
-            if sketch is not None and (left := k - sum(p.shape[1] for p in parts)) > 0:
-                rest, values = _principal(sketch, min(left, sketch.shape[1]))
-                if energy is not None and total is not None and captured is not None:
-                    before = captured.unsqueeze(-1) + values.cumsum(-1) - values
-                    needed = before < energy * total.unsqueeze(-1)
-                    rest = rest * needed.unsqueeze(-1)
-                parts.append(rest)
-            basis.zero_()
-            if parts:
-                joined = _orthonormalise(torch.cat(parts, dim=1))
-                basis[:, : joined.shape[1]] = joined.to(basis.dtype)
+            held = sum(0 if part is None else part.shape[1] for part in (rows, sketch))
+            group = _GROUP_GPU if basis.device.type == "cuda" else _GROUP_CPU
+            step = max(1, group // max(1, held * slab.width))
+            for at in range(0, slab.count, step):
+                part = slice(at, min(at + step, slab.count))
+                found = _directions(
+                    None if rows is None else rows[part].to(basis.device).float(),
+                    None if sketch is None else sketch[part].to(basis.device).float(),
+                    basis.shape[1],
+                    energy,
+                )
+                basis.write(part, found)
 
     # ------------------------------------------------------------------ use
 
     @torch.no_grad()
-    def project_(self, flat: Tensor, inverse_metric: Tensor | None = None) -> Tensor:
-        r"""Remove from `flat` [d] its component in the bases, in place.
+    def correction(self, flat: Tensor, inverse_metric: Tensor | None = None) -> Tensor:
+        r"""What takes `flat` [d] out of the bases, a new vector.
 
-        :math:`\Delta \leftarrow \Delta - M^{-1}U^\top (UM^{-1}U^\top)^{-1} U\Delta`, so that
-        :math:`U\Delta = 0` whatever the metric and the precision of the stored basis.
+        :math:`-M^{-1}U^\top (UM^{-1}U^\top)^{-1} U\Delta`, so that :math:`U\Delta = 0` afterwards,
+        whatever the metric and the precision of the stored basis. Each basis is read twice, tile
+        by tile, and nothing of its size is allocated.
+
+        Args:
+            flat: Δ, float32.
+            inverse_metric: the diagonal of M⁻¹ [d]; ``None`` is the identity.
+
+        Returns:
+            [d], float32.
+        """
+        out = torch.zeros_like(flat)
+        for slab, basis in zip(self.slabs, self.stored, strict=True):
+            weights = None if inverse_metric is None else slab.view(inverse_metric)
+            _correct(basis, slab.view(flat), weights, slab.view(out))
+        return out
+
+    @torch.no_grad()
+    def project_(self, flat: Tensor, inverse_metric: Tensor | None = None) -> Tensor:
+        """Remove from `flat` [d] its component in the bases, in place.
 
         Args:
             flat: the vector, float32.
@@ -109,19 +132,13 @@ class Subspace:
         Returns:
             `flat`.
         """
-        for slab, basis in zip(self.slabs, self.bases, strict=True):
-            piece = slab.view(flat)
-            weights = None if inverse_metric is None else slab.view(inverse_metric)
-            piece.add_(correction(basis, piece, weights))
-        return flat
+        return flat.add_(self.correction(flat, inverse_metric))
 
     @torch.no_grad()
     def component(self, flat: Tensor) -> list[Tensor]:
         """Per slab, the norm of the component of `flat` [d] in each piece's basis, [count]."""
-        norms = []
-        for slab, basis in zip(self.slabs, self.bases, strict=True):
-            norms.append(correction(basis, slab.view(flat)).norm(dim=-1))
-        return norms
+        inside = self.correction(flat)
+        return [slab.view(inside).norm(dim=-1) for slab in self.slabs]
 
     @torch.no_grad()
     def captured_energy(self, flat: Tensor) -> Tensor:
@@ -137,31 +154,85 @@ class Subspace:
         """Directions in each piece's basis, by name."""
         return {
             name: int(n)
-            for slab, basis in zip(self.slabs, self.bases, strict=True)
-            for name, n in zip(slab.names, (basis != 0).any(-1).sum(-1).tolist(), strict=True)
+            for slab, basis in zip(self.slabs, self.stored, strict=True)
+            for name, n in zip(slab.names, (basis.rows != 0).any(-1).sum(-1).tolist(), strict=True)
         }
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The bases by slab, as tensors."""
-        return {f"basis.{index}": basis for index, basis in enumerate(self.bases)}
+        """The bases by slab, as stored."""
+        return {
+            name: tensor
+            for index, basis in enumerate(self.stored)
+            for name, tensor in basis.state_dict(f"basis.{index}").items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the bases in place.
 
         Raises:
-            ConfigError: the saved bases belong to other shapes or another rank.
+            ConfigError: the saved bases belong to other shapes, another rank or another dtype.
         """
-        for index, basis in enumerate(self.bases):
-            saved = state.get(f"basis.{index}")
-            if saved is None or saved.shape != basis.shape:
-                found = "none" if saved is None else str(tuple(saved.shape))
-                raise ConfigError(
-                    f"Saved basis {index} should have shape {tuple(basis.shape)} (pieces, rank, "
-                    f"width). Found {found}: the LoRA layout, `granularity` or `rank` differ."
-                )
-            basis.copy_(saved)
+        for index, basis in enumerate(self.stored):
+            basis.load_state_dict(f"basis.{index}", state)
+
+
+def _correct(basis: StoredBasis, step: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """Write the correction of `step` [count, w] into `out` [count, w]."""
+    rank = basis.shape[1]
+    # Rows of the Gram matrix UM⁻¹Uᵀ, and below them UΔ: one product gives both.
+    products = step.new_zeros(len(step), rank + 1, rank, dtype=torch.float64)
+    tiles = list(basis.tiles())
+    # One buffer for all tiles, the first of which is the largest: it stays in the cache.
+    most, wide = (part.stop - part.start for part in tiles[0])
+    buffer = step.new_empty(most * (rank + 1) * wide)
+    for pieces, columns in tiles:
+        rows = basis.read((pieces, columns))
+        count, _, width = rows.shape
+        left = buffer[: count * (rank + 1) * width].view(count, rank + 1, width)
+        if weights is None:
+            left[:, :rank].copy_(rows)
+        else:
+            torch.mul(rows, weights[pieces, columns].unsqueeze(1), out=left[:, :rank])
+        left[:, rank].copy_(step[pieces, columns])
+        products[pieces] += left @ rows.mT
+    multipliers = solve_equalities(products[:, :rank], products[:, rank]).float().neg_()
+    for pieces, columns in tiles:
+        found = (multipliers[pieces].unsqueeze(1) @ basis.read((pieces, columns))).squeeze(1)
+        if weights is not None:
+            found *= weights[pieces, columns]
+        out[pieces, columns] = found
+
+
+def _directions(
+    means: Tensor | None, sketch: Tensor | None, k: int, energy: float | None
+) -> Tensor:
+    """Orthonormal rows [count, ≤ k, w] from mean rows [count, K, w] and a sketch [count, ℓ, w]."""
+    parts = []
+    total = captured = None
+    if sketch is not None:
+        total = sketch.square().sum((-2, -1))
+        captured = torch.zeros_like(total)
+    if means is not None:
+        # Unit rows: references must not be ranked by the size of their gradients.
+        rows = means / means.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        first, _ = _principal(rows, min(k, rows.shape[1]))
+        parts.append(first)
+        if sketch is not None:
+            inside = sketch @ first.mT
+            captured = inside.square().sum((-2, -1))
+            sketch = sketch - inside @ first
+    if sketch is not None and (left := k - sum(p.shape[1] for p in parts)) > 0:
+        rest, values = _principal(sketch, min(left, sketch.shape[1]))
+        if energy is not None and total is not None and captured is not None:
+            before = captured.unsqueeze(-1) + values.cumsum(-1) - values
+            needed = before < energy * total.unsqueeze(-1)
+            rest = rest * needed.unsqueeze(-1)
+        parts.append(rest)
+    if not parts:
+        raise ConfigError("A basis is estimated from mean rows, a sketch, or both. Found neither.")
+    return _orthonormalise(torch.cat(parts, dim=1))
 
 
 def _principal(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -192,5 +263,7 @@ def _orthonormalise(rows: Tensor) -> Tensor:
         gram = gram + torch.diag_embed(empty.double())
         values, vectors = torch.linalg.eigh(gram)
         root = vectors * values.clamp_min(1e-12).rsqrt().unsqueeze(-2)
-        rows = (root @ vectors.mT).float() @ rows
+        # The mixture leaves rounding of the other rows in an empty one: noise that is parallel to
+        # them, and a Gram matrix that has no inverse.
+        rows = ((root @ vectors.mT).float() @ rows) * (~empty).unsqueeze(-1)
     return rows

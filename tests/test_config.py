@@ -80,6 +80,7 @@ def test_unknown_key_suggests_the_nearest():
         ({"restoration": 2.0}, "restoration"),
         ({"early_refreshes": (-1,)}, "early_refreshes"),
         ({"basis_dtype": "int4"}, "basis_dtype"),
+        ({"constraint": "orthogonal", "offload": "yes"}, "offload"),
         ({"metric_damping": 0}, "metric_damping"),
     ],
 )
@@ -100,6 +101,8 @@ def test_out_of_range_is_refused_by_name(values, named):
             "metric='euclidean'",
         ),
         ({"constraint": "halfspace", "adaptive_threshold": 0.5}, "adaptive_threshold"),
+        ({"basis_dtype": "int8"}, "`constraint='budget'` has none"),
+        ({"constraint": "halfspace", "offload": True}, "`constraint='halfspace'` has none"),
         ({"constraint": "halfspace", "restoration": 0.5}, "refresh='interval'"),
         (
             {"constraint": "orthogonal", "space": "gradient", "restoration": 0.5},

@@ -85,7 +85,7 @@ def test_a_model_moved_afterwards_stops_the_run(tiny_peft):
         model, torch.optim.SGD, references=[token_reference()], lr=0.1
     )
     # No second device here: let the projector be the one that stayed behind.
-    optimizer.ogpsa._flat = optimizer.ogpsa._flat.to("meta")
+    optimizer.ogpsa._typical = optimizer.ogpsa._typical.to("meta")
     training_step(model, 0)
     with pytest.raises(ProjectionError, match="moved to cpu after OGPSA was attached on meta"):
         optimizer.step()

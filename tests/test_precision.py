@@ -16,7 +16,8 @@ from peft.optimizers import (
 from references import token_reference
 
 from lora_ogpsa import OGPSA, OGPSAConfig
-from lora_ogpsa.errors import ProjectionError
+from lora_ogpsa.answers import base_is_kept
+from lora_ogpsa.errors import ConfigError, ProjectionError
 
 CONFIG = OGPSAConfig(constraint="orthogonal", rank=4, refresh_every=3, references_per_refresh=4)
 STEPS = 4
@@ -76,7 +77,9 @@ def measured(model, optimizer, precision="float32", *, config=CONFIG, overflow=(
     cast = {"bf16_autocast": torch.bfloat16, "fp16_scaler": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16_scaler")
     worst = 0.0
-    references = [token_reference("a", n=6, loss="kl"), token_reference("b", n=6, seed=7)]
+    # Not every initialisation leaves a base model to measure a divergence from.
+    loss = "kl" if base_is_kept(model) else "sft"
+    references = [token_reference("a", n=6, loss=loss), token_reference("b", n=6, seed=7)]
     with OGPSA(model, optimizer, references, config) as ogpsa:
         for step in range(STEPS):
             scaler.scale(loss_of(model, step, cast)).backward()
@@ -167,6 +170,26 @@ def test_adapter_types(tiny_peft, tiny_model, tiny_4bit, residuals, name, precis
     worst, _ = measured(model, OPTIMIZERS["adamw"](model), precision)
     residuals[name, "adamw", precision] = worst
     assert worst < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "message"),
+    [
+        ({"constraint": "budget"}, "sft", "from which `constraint='budget'` would be"),
+        ({"constraint": "orthogonal"}, "kl", "from which reference `a` would be"),
+        ({"constraint": "halfspace", "restoration": 0.5, "refresh": "interval"}, "sft", "restorat"),
+    ],
+)
+def test_what_is_measured_from_the_base_needs_one_that_was_kept(tiny_peft, settings, loss, message):
+    """PiSSA takes principal components out of the base: without the adapter it is another model."""
+    model = tiny_peft(init_lora_weights="pissa")
+    with pytest.raises(ConfigError, match=message):
+        OGPSA(
+            model,
+            OPTIMIZERS["adamw"](model),
+            [token_reference("a", n=6, loss=loss)],
+            OGPSAConfig(**settings),
+        )
 
 
 def test_the_other_adapter_is_left_alone(tiny_peft):

@@ -506,7 +506,6 @@ def test_out_of_memory_halves_the_micro_batch_then_gives_up(tiny_peft):
         training_step(model, 0)
         optimizer.step()
         assert sizes == [8, 4, 2, 2, 2, 2]
-        assert all(s.filled == 8 for s in ogpsa.estimator.sketches)
         fits[0] = 0
         with pytest.raises(ReferenceLossError, match="does not fit into memory"):
             ogpsa.refresh()

@@ -101,11 +101,15 @@ def test_sizes_are_those_of_the_loaded_model(tmp_path: Path, tiny_folder: Path) 
 
 def test_ogpsa_memory_follows_the_cost_model() -> None:
     d = 1000
-    assert ogpsa_bytes(OGPSAConfig(), 2, d) == (2 + 3) * d * 4
-    rows = OGPSAConfig(constraint="orthogonal", rank=8, sketch_size=16, basis_dtype="bfloat16")
-    assert ogpsa_bytes(rows, 2, d) == (2 + 3) * d * 4 + 8 * d * 2 + 2 * 16 * d * 4
+    assert ogpsa_bytes(OGPSAConfig(), 2, d) == (2 + 4) * d * 4
+    rows = {"constraint": "orthogonal", "rank": 8, "sketch_size": 16}
+    sketch = 17 * d * 4
+    assert ogpsa_bytes(OGPSAConfig(**rows), 2, d) == 8 * d * 2 + sketch
+    eight_bits = OGPSAConfig(**rows, basis_dtype="int8")
+    assert ogpsa_bytes(eight_bits, 2, d) == pytest.approx(8 * d * (1 + 4 / 256) + sketch)
+    assert ogpsa_bytes(OGPSAConfig(**rows, offload=True), 2, d) == 4 * d * 4
     means = OGPSAConfig(constraint="orthogonal", rank=8, rows="means")
-    assert ogpsa_bytes(means, 2, d) == (2 + 3) * d * 4 + 8 * d * 4
+    assert ogpsa_bytes(means, 2, d) == 8 * d * 2 + 4 * d * 4
 
 
 def test_overhead_follows_the_cost_model(tmp_path: Path, tiny_folder: Path) -> None:

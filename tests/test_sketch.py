@@ -117,8 +117,21 @@ def test_state_round_trip():
 def test_impossible_sizes_are_refused():
     with pytest.raises(ConfigError, match="`capacity` above `size`"):
         FrequentDirections(4, 3, capacity=4)
+    sketch = FrequentDirections(4, 3)
+    sketch.append(torch.randn(4, 3))
     with pytest.raises(ConfigError, match="do not fit"):
-        FrequentDirections(4, 3).reserve(5)
+        sketch.reserve(5)
+
+
+def test_a_whole_buffer_may_be_filled_at_once_and_is_freed():
+    sketch = FrequentDirections(4, 3, 2, capacity=7)
+    assert sketch.rows.shape == (2, 0, 3)
+    rows = torch.randn(2, 7, 3)
+    sketch.reserve(7).copy_(rows)
+    assert torch.equal(sketch.rows, rows)
+    sketch.clear()
+    assert sketch._buffer is None
+    assert sketch.rows.shape == (2, 0, 3)
 
 
 @pytest.mark.parametrize("matrix", bank(), ids=lambda m: f"{tuple(m.shape)}")

@@ -7,6 +7,7 @@ from matrices import bank, of_rank
 from lora_ogpsa import Subspace
 from lora_ogpsa.adapters import Slab
 from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.subspace import _orthonormalise
 
 
 def whole(width):
@@ -117,13 +118,23 @@ def test_projection_properties(width, rank, count, weighted, seed):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_basis_is_projected_out_exactly_as_stored(dtype):
     subspace = estimated(of_rank(20, 200, 20), 6, dtype=dtype)
     step = torch.randn(200)
     out = subspace.project_(step.clone())
     stored = subspace.bases[0][0].double()
     assert (stored @ out.double()).norm() < 1e-5 * step.norm()
+
+
+def test_a_direction_lost_in_rounding_leaves_no_trace_of_the_others():
+    # Nearly parallel rows: what is left of the second is noise along the first.
+    row = of_rank(1, 300, 1).float()
+    joined = torch.stack([torch.cat([row, row * 1e-9]) / row.norm(), of_rank(2, 300, 2).float()])
+    found = _orthonormalise(joined)
+    assert not found[0, 1].any()
+    assert_orthonormal(found[0])
+    assert_orthonormal(found[1])
 
 
 def test_captured_energy_is_the_share_inside():
@@ -155,5 +166,5 @@ def test_state_round_trip_and_refusal():
     second = Subspace(whole(20), 4)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.bases[0], second.bases[0])
-    with pytest.raises(ConfigError, match="`rank` differ"):
+    with pytest.raises(ConfigError, match="`rank` or `basis_dtype` differ"):
         Subspace(whole(20), 3).load_state_dict(first.state_dict())

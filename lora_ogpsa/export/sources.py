@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_ogpsa.answers import PLAIN_INITS
 from lora_ogpsa.errors import ExportError
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What `AdapterSource` may be: one adapter, or several with the weight of each.
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
-
-# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ...)
-# subtract something from the base, and that something is not in the adapter's files.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 # A merge needs no other format of the weights.
 _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
@@ -67,7 +64,7 @@ def _adapter(path: str | Path, weight: float) -> AdapterSource:
 def _unmergeable(config: dict[str, Any]) -> str | None:
     if config.get("peft_type") != "LORA":
         return f"it is of type {config.get('peft_type')!r}, and only LORA adapters are supported."
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+    if config.get("init_lora_weights", True) not in PLAIN_INITS:
         return (
             f"its initialisation {config['init_lora_weights']!r} changed the base weights during "
             "training. Save it again with save_pretrained(..., "
