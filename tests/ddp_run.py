@@ -2,6 +2,7 @@
 
 python ddp_run.py OUTPUT CONSTRAINT            one process, the whole batch
 torchrun --nproc_per_node 2 ddp_run.py ...     two, half of the batch each
+... OUTPUT CONSTRAINT accelerate               the same in accelerate's loop
 """
 
 import os
@@ -9,6 +10,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from references import token_rows
 from torch.nn.parallel import DistributedDataParallel
@@ -44,15 +46,20 @@ def build():
     return model.train()
 
 
-def main(output, constraint):
+def main(output, constraint, loop="plain"):
     several = "RANK" in os.environ
-    if several:
+    accelerator = Accelerator(cpu=True) if loop == "accelerate" else None
+    if several and accelerator is None:
         dist.init_process_group("gloo")
     rank = dist.get_rank() if several else 0
     size = dist.get_world_size() if several else 1
     model = build()
-    wrapped = DistributedDataParallel(model) if several else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    if accelerator is not None:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        model = accelerator.unwrap_model(wrapped)
+    else:
+        wrapped = DistributedDataParallel(model) if several else model
     references = [
         Reference("a", token_rows(8), loss="sft"),
         Reference("b", token_rows(8, 5), loss="kl"),
@@ -61,7 +68,8 @@ def main(output, constraint):
         for step in range(5):
             generator = torch.Generator().manual_seed(step)
             ids = torch.randint(3, 128, (4, 16), generator=generator)[rank::size]
-            wrapped(input_ids=ids, labels=ids).loss.backward()
+            loss = wrapped(input_ids=ids, labels=ids).loss
+            loss.backward() if accelerator is None else accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
     tensors, _ = ogpsa.estimator.state_dict()
@@ -72,6 +80,8 @@ def main(output, constraint):
         # Freed after the process group, DDP's reducer holds the group's last reference: its threads
         # are then joined under the GIL, which one of them may be waiting for (PyTorch 2.13).
         del wrapped
+        if accelerator is not None:
+            accelerator.free_memory()
         dist.destroy_process_group()
 
 

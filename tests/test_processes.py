@@ -5,8 +5,8 @@ import torch
 from launch import launch
 
 
-def start(output, constraint, processes):
-    launch(output, "ddp_run.py", constraint, processes=processes)
+def start(output, constraint, processes, loop="plain"):
+    launch(output, "ddp_run.py", constraint, loop, processes=processes)
     return [torch.load(output / f"{constraint}-{processes}-{r}.pt") for r in range(processes)]
 
 
@@ -27,3 +27,12 @@ def test_two_processes_end_alike_and_like_one(tmp_path, constraint):
     for name in first:
         if name.startswith("basis"):
             torch.testing.assert_close(span(first[name]), span(alone[name]), rtol=0, atol=2e-2)
+
+
+def test_accelerates_loop_ends_like_a_plain_one(tmp_path):
+    (tmp_path / "plain").mkdir()
+    plain = start(tmp_path / "plain", "budget", 2)
+    prepared = start(tmp_path, "budget", 2, "accelerate")
+    for own, other in zip(prepared, plain, strict=True):
+        for name in own:
+            assert torch.equal(own[name], other[name]), name
