@@ -33,7 +33,6 @@ ORTHOGONAL: dict[str, Any] = {"constraint": "orthogonal", "rank": 8}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "orthogonal": ORTHOGONAL,
-    "orthogonal bfloat16": {**ORTHOGONAL, "basis_dtype": "bfloat16"},
     "orthogonal int8": {**ORTHOGONAL, "basis_dtype": "int8"},
     "orthogonal offload": {**ORTHOGONAL, "basis_dtype": "int8", "offload": True},
 }
