@@ -69,8 +69,7 @@ def test_memory_of_buffers_is_what_the_sizes_say(run):
         "metric": 4 * d,
         "mean rows": 2 * 4 * d,
     }
-    assert sizes["orthogonal"]["bases"] == 8 * 4 * d
-    assert sizes["orthogonal bfloat16"]["bases"] == 8 * 2 * d
+    assert sizes["orthogonal"]["bases"] == 8 * 2 * d
     assert 8 * d < sizes["orthogonal int8"]["bases"] <= 8 * 1.02 * d
     assert found["orthogonal offload"]["buffers"]["bases"]["home"] == "host"
     assert "| orthogonal int8 |" in table
