@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lora_ogpsa import OGPSACallback, OGPSAConfig, Reference, chat, data
-from lora_ogpsa.answers import base_is_kept
+from lora_ogpsa.initialisation import base_is_kept
 from lora_ogpsa.models import cache_dir, load_model
 
 LENGTH = 96

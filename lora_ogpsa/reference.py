@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_ogpsa import chat, data
-from lora_ogpsa.answers import base_is_kept, base_mode, own_answers, reference_policy
+from lora_ogpsa.answers import base_mode, own_answers, reference_policy
 from lora_ogpsa.errors import ConfigError, DataError
+from lora_ogpsa.initialisation import base_is_kept
 
 Loss = Literal["kl", "distill", "sft", "dpo"]
 Tokens = tuple[list[int], list[int]]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lora_ogpsa.adapters import AdapterSpace
-from lora_ogpsa.answers import base_is_kept
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.errors import ConfigError, ProjectionError
+from lora_ogpsa.initialisation import base_is_kept
 from lora_ogpsa.reference import Objective, Reference
 from lora_ogpsa.sharding import whole
 

@@ -16,8 +16,8 @@ from peft.optimizers import (
 from references import token_reference
 
 from lora_ogpsa import OGPSA, OGPSAConfig
-from lora_ogpsa.answers import base_is_kept
 from lora_ogpsa.errors import ConfigError, ProjectionError
+from lora_ogpsa.initialisation import base_is_kept
 
 CONFIG = OGPSAConfig(constraint="orthogonal", rank=4, refresh_every=3, references_per_refresh=4)
 STEPS = 4

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ogpsa.answers import PLAIN_INITS
 from lora_ogpsa.errors import ExportError
+from lora_ogpsa.initialisation import PLAIN_INITS
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What `AdapterSource` may be: one adapter, or several with the weight of each.
