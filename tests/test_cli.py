@@ -170,6 +170,8 @@ def test_ctrl_c_says_what_is_saved_and_resume_finishes(tmp_path: Path, tiny_fold
         text=True,
         env=_environment(),
         start_new_session=True,
+        # A test run in the background of a shell is told to ignore Ctrl-C, and so are its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         seen: list[str] = []
