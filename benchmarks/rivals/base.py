@@ -204,3 +204,39 @@ def linear_names(model: nn.Module) -> list[str]:
     """Names of all linear layers but the output layer: what PEFT means by ``"all-linear"``."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+class StreamedRival(Rival):
+    """A rival that uses the loss of reference examples, taken in turn with the training batches.
+
+    Args:
+        loss: of the references, ``"distill"`` or ``"kl"``.
+    """
+
+    references = "shared"
+
+    def __init__(self, loss: str) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def begin(self, training: Training) -> None:
+        """Start the stream of reference examples."""
+        objectives = with_loss(training.objectives, self.loss, training.model)
+        self._stream = ReferenceStream(objectives, training.passes, training.seed)
+
+    def backward(self, training: Training, step: int, batch: Any) -> float:
+        """The safety gradient, and where a reference is due what the rival makes of both."""
+        value = super().backward(training, step, batch)
+        with self.extra_time(training):
+            due = self._stream.take(step)
+            if due is not None:
+                objective, examples = due
+                with training.cast():
+                    losses, _ = objective.losses(training.model, examples)
+                self.use(training, losses.mean())
+                self.passes += len(examples)
+        return value
+
+    def use(self, training: Training, loss: Tensor) -> None:
+        """Change the safety gradient in `.grad` by a reference loss with its graph."""
+        raise NotImplementedError

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-from rivals.base import ReferenceStream, Rival, Training, with_loss
+from rivals.base import StreamedRival, Training
 
 
-class PenaltyRival(Rival):
+class PenaltyRival(StreamedRival):
     r"""Safety loss + :math:`\lambda` × reference loss, on reference examples taken in turn.
 
     With ``loss="distill"`` this is experience replay (Rolnick et al. 2019, arXiv 1811.11682, on the
@@ -24,27 +24,10 @@ class PenaltyRival(Rival):
         loss: ``"distill"`` or ``"kl"``.
     """
 
-    references = "shared"
-
     def __init__(self, weight: float, loss: str) -> None:
-        super().__init__()
+        super().__init__(loss)
         self.weight = weight
-        self.loss = loss
 
-    def begin(self, training: Training) -> None:
-        """Start the stream of reference examples."""
-        objectives = with_loss(training.objectives, self.loss, training.model)
-        self._stream = ReferenceStream(objectives, training.passes, training.seed)
-
-    def backward(self, training: Training, step: int, batch: Any) -> float:
-        """The gradient of the safety loss, plus the penalty's."""
-        value = super().backward(training, step, batch)
-        with self.extra_time(training):
-            due = self._stream.take(step)
-            if due is not None:
-                objective, examples = due
-                with training.cast():
-                    losses, _ = objective.losses(training.model, examples)
-                (self.weight * losses.mean()).backward()
-                self.passes += len(examples)
-        return value
+    def use(self, training: Training, loss: Tensor) -> None:
+        """Add the penalty's gradient."""
+        (self.weight * loss).backward()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rivals.base import ReferenceStream, Rival, Training, with_loss
+from rivals.base import StreamedRival, Training
 
 
 def agem(safety: Tensor, reference: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class SurgeryRival(Rival):
+class SurgeryRival(StreamedRival):
     """The gradient that a rule makes of the safety gradient and a reference gradient.
 
     Args:
@@ -50,40 +50,23 @@ class SurgeryRival(Rival):
             ``"kl"``, the one OGPSA constrains.
     """
 
-    references = "shared"
-
     def __init__(self, rule: str, loss: str) -> None:
-        super().__init__()
+        super().__init__(loss)
         self.rule = RULES[rule]
-        self.loss = loss
 
-    def begin(self, training: Training) -> None:
-        """Start the stream of reference examples."""
-        objectives = with_loss(training.objectives, self.loss, training.model)
-        self._stream = ReferenceStream(objectives, training.passes, training.seed)
-
-    def backward(self, training: Training, step: int, batch: Any) -> float:
-        """The combined gradient; the safety gradient alone where no reference is due."""
-        value = super().backward(training, step, batch)
-        with self.extra_time(training):
-            due = self._stream.take(step)
-            if due is not None:
-                objective, examples = due
-                with training.cast():
-                    losses, _ = objective.losses(training.model, examples)
-                found = torch.autograd.grad(
-                    losses.mean(), training.parameters, allow_unused=True, materialize_grads=True
-                )
-                safety = torch.cat([_gradient(p).flatten() for p in training.parameters])
-                reference = torch.cat([g.flatten() for g in found])
-                self.passes += len(examples)
-                # At the base model the divergence and its gradient are zero: nothing to combine.
-                if reference.any():
-                    combined = self.rule(safety, reference)
-                    parts = combined.split([p.numel() for p in training.parameters])
-                    for parameter, part in zip(training.parameters, parts, strict=True):
-                        parameter.grad = part.view_as(parameter).clone()
-        return value
+    def use(self, training: Training, loss: Tensor) -> None:
+        """Replace the safety gradient by the combined one."""
+        found = torch.autograd.grad(
+            loss, training.parameters, allow_unused=True, materialize_grads=True
+        )
+        safety = torch.cat([_gradient(p).flatten() for p in training.parameters])
+        reference = torch.cat([g.flatten() for g in found])
+        # At the base model the divergence and its gradient are zero: nothing to combine.
+        if reference.any():
+            combined = self.rule(safety, reference)
+            parts = combined.split([p.numel() for p in training.parameters])
+            for parameter, part in zip(training.parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter).clone()
 
 
 def _gradient(parameter: Any) -> Tensor:
