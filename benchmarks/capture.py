@@ -146,8 +146,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     typical = {name: common.typical(values) for name, values in times.items()}
     block = 4 * options.batch * max(block.size for block in ways.space.blocks)
     return {
-        "settings": {k: v for k, v in vars(options).items() if k not in ("results", "markdown")},
-        **common.environment(device),
+        **common.settings_and_environment(options),
         "seconds": times,
         "peak_bytes": peaks,
         "summary": {
@@ -184,15 +183,7 @@ def markdown(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common.add_model_options(parser, batch=8)
-    options = parser.parse_args()
-    if options.markdown:
-        print(markdown(options.results))
-        return
-    common.resolve_model_options(options)
-    report = measure(options)
-    name = f"capture_{options.device.split(':')[0]}_{options.shape}.json"
-    common.write(options.results / name, report)
-    print(json.dumps(report["summary"], indent=1))
+    common.run_model_benchmark("capture", parser, measure, markdown)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ogpsa.stages import cpu_computes_bfloat16
+
 RESULTS = Path(__file__).parent / "results"
 RANK = 16
 SHAPES: dict[str, dict[str, int]] = {
@@ -37,7 +39,12 @@ def add_model_options(parser: argparse.ArgumentParser, batch: int | None = None)
     parser.add_argument("--batch", type=int, default=batch, help="rows per step")
     parser.add_argument("--length", type=int, help="tokens per row; 128 for smollm2, else 1,024")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
-    parser.add_argument("--repeats", type=int, default=3)
+    add_report_options(parser, repeats=3)
+
+
+def add_report_options(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Options that all cost benchmarks share."""
+    parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--markdown", action="store_true", help="print tables of the results")
@@ -50,14 +57,8 @@ def resolve_model_options(options: argparse.Namespace) -> None:
     options.batch = options.batch or (8 if small else 4)
     options.length = options.length or (128 if small else 1024)
     if options.precision == "auto":
-        # Without instructions for it, bfloat16 is emulated and takes longer than float32.
-        fast = options.device != "cpu" or fast_bfloat16()
+        fast = options.device != "cpu" or cpu_computes_bfloat16()
         options.precision = "bfloat16" if fast else "float32"
-
-
-def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 # ------------------------------------------------------------------------------------ models
@@ -217,6 +218,12 @@ def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------ reports
 
 
+def settings_and_environment(options: argparse.Namespace) -> dict[str, Any]:
+    """What every report begins with."""
+    kept = {k: v for k, v in vars(options).items() if k not in ("results", "markdown")}
+    return {"settings": kept, **environment(torch.device(options.device))}
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, versions and commit: what a number depends on beside the settings."""
     if device.type == "cuda":
@@ -250,6 +257,23 @@ def write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
+
+
+def run_model_benchmark(
+    kind: str,
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    markdown: Callable[[Path], str],
+) -> None:
+    """Measure a model and write <kind>_<device>_<shape>.json, or print the tables so far."""
+    options = parser.parse_args()
+    if options.markdown:
+        print(markdown(options.results))
+        return
+    resolve_model_options(options)
+    report = measure(options)
+    write(options.results / f"{kind}_{options.device.split(':')[0]}_{options.shape}.json", report)
+    print(json.dumps(report["summary"], indent=1))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -122,8 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "allowed": ALLOWED[curve],
         }
     return {
-        "settings": {k: v for k, v in vars(options).items() if k not in ("results", "markdown")},
-        **common.environment(device),
+        **common.settings_and_environment(options),
         "curves": curves,
         "summary": {name: curve["exponent"] for name, curve in curves.items()},
     }
@@ -149,10 +148,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scale", type=int, default=1, help="factor on the width of a block")
     parser.add_argument("--points", type=int, help="sizes per curve; all if left out")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, default=common.RESULTS)
-    parser.add_argument("--markdown", action="store_true", help="print tables of the results")
+    common.add_report_options(parser, repeats=5)
     options = parser.parse_args()
     if options.markdown:
         print(markdown(options.results))

@@ -212,10 +212,8 @@ def main() -> None:
     device = torch.device(options.device)
     torch.manual_seed(0)
     real = device.type == "cuda" or options.steps
-    kept = {k: v for k, v in vars(options).items() if k not in ("results", "markdown")}
     report = {
-        "settings": kept,
-        **common.environment(device),
+        **common.settings_and_environment(options),
         **(measure_runs(options) if real else measure_buffers(options)),
     }
     name = f"memory_{device.type}_{options.shape}{'_steps' if options.steps else ''}.json"

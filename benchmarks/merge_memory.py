@@ -23,13 +23,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-SHAPES = {
-    "8b": {"hidden": 4096, "ffn": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 128256},
-    "1b": {"hidden": 2048, "ffn": 8192, "layers": 16, "heads": 32, "kv": 8, "vocab": 128256},
-    "tiny": {"hidden": 64, "ffn": 128, "layers": 2, "heads": 4, "kv": 2, "vocab": 512},
-}
-RANK = 16
+from common import RANK, RESULTS, SHAPES, llama_config
+
 INPUT_SHARD_BYTES = 5 * 10**9  # the hub's usual shard
 
 
@@ -52,7 +47,6 @@ def make_inputs(folder: Path, model: str) -> None:
     """Writes a bfloat16 checkpoint in `folder`/base and an adapter in `folder`/adapter."""
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
 
     from lora_ogpsa.export.checkpoint import ShardWriter
 
@@ -61,17 +55,9 @@ def make_inputs(folder: Path, model: str) -> None:
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
     adapter.mkdir()
-    LlamaConfig(
-        vocab_size=shape["vocab"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["ffn"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv"],
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(base)
+    config = llama_config(shape)
+    config.dtype, config.architectures = "bfloat16", ["LlamaForCausalLM"]
+    config.save_pretrained(base)
     # One random tensor per shape: the merge's memory and time do not depend on the values.
     linear = {
         name: torch.randn(size, dtype=torch.bfloat16) * 0.02

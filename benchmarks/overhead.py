@@ -268,8 +268,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         taken = refreshes[name]["total"] * asked / examples
         runs[name] = (taken / every + hooks[name]) / plain
     return {
-        "settings": {k: v for k, v in vars(options).items() if k not in ("results", "markdown")},
-        **common.environment(device),
+        **common.settings_and_environment(options),
         "adapter_parameters": projected.space.size,
         "seconds": {
             "steps": {name: common.typical(times) for name, times in whole.items()},
@@ -335,15 +334,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, help="k of the projected step")
     parser.add_argument("--basis-dtype", default="float32")
     parser.add_argument("--references", type=int, default=8, help="prompts per reference")
-    options = parser.parse_args()
-    if options.markdown:
-        print(markdown(options.results))
-        return
-    common.resolve_model_options(options)
-    report = measure(options)
-    name = f"overhead_{options.device.split(':')[0]}_{options.shape}.json"
-    common.write(options.results / name, report)
-    print(json.dumps(report["summary"], indent=1))
+    common.run_model_benchmark("overhead", parser, measure, markdown)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-from common import RESULTS, environment, fast_bfloat16
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -28,6 +28,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from lora_ogpsa import OGPSACallback, OGPSAConfig, Reference, chat, data
 from lora_ogpsa.initialisation import base_is_kept
 from lora_ogpsa.models import cache_dir, load_model
+from lora_ogpsa.stages import cpu_computes_bfloat16
 
 LENGTH = 96
 TRAINERS = ("trainer", "sft", "dpo")
@@ -167,14 +168,11 @@ def table(cells: list[dict[str, Any]]) -> str:
     for cell in cells:
         key = (cell["adapter"], cell["precision"], cell["optimizer"])
         rows.setdefault(key, {})[cell["trainer"]] = cell["residual"]
-    lines = [
-        f"| adapter | precision | optimizer | {' | '.join(trainers)} |",
-        "|---|---|---|" + "---|" * len(trainers),
-    ]
+    lines = []
     for key, found in rows.items():
         values = [f"{found[t]:.0e}" if t in found else "" for t in trainers]
-        lines.append(f"| {' | '.join((*key, *values))} |")
-    return "\n".join(lines)
+        lines.append([*key, *values])
+    return common.table(["adapter", "precision", "optimizer", *trainers], lines)
 
 
 def wanted(options: Any) -> list[tuple[str, str, str, str]]:
@@ -203,11 +201,11 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
     parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS / "residual_smollm2.json")
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "residual_smollm2.json")
     parser.add_argument("--overwrite", action="store_true")
     options = parser.parse_args()
     if options.precisions is None:
-        fast = torch.cuda.is_available() or fast_bfloat16()
+        fast = torch.cuda.is_available() or cpu_computes_bfloat16()
         options.precisions = [p for p in PRECISIONS if fast or p != "bf16_autocast"]
     cells: list[dict[str, Any]] = []
     if options.output.is_file() and not options.overwrite:
@@ -219,7 +217,7 @@ def main() -> None:
         cells.append(measure(cell, options))
         print(f"{' x '.join(cell)}: {cells[-1]['residual']:.1e}", flush=True)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        report = {**environment(device), "steps": options.steps, "cells": cells}
+        report = {**common.environment(device), "steps": options.steps, "cells": cells}
         options.output.write_text(json.dumps(report, indent=1) + "\n")
     print("\n" + table(cells))
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lora_ogpsa import chat
 from lora_ogpsa.reference import Objective
+from lora_ogpsa.stages import cpu_computes_bfloat16
 
 WARM_UP = 5
 
@@ -55,7 +56,7 @@ def cast(model: nn.Module, precision: str) -> AbstractContextManager[Any]:
 
 def fastest_precision() -> str:
     """Bfloat16 where the machine has instructions for it; a CPU without is four times slower."""
-    native = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    native = torch.cuda.is_available() or cpu_computes_bfloat16()
     return "bfloat16" if native else "float32"
 
 

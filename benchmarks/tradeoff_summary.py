@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import common
 from tradeoff_measures import TAXED, TAXED_AT_END, taxed
 
 from lora_ogpsa.evaluation.tax import Point, matched_point, mean_of_known, taxes_removed
@@ -185,7 +186,7 @@ def table(summary: Mapping[str, Any]) -> str:
         "passes",
         "overhead",
     ]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    rows = []
     for method, entry in summary.items():
         star = " *" if entry.get("best_of_grid") else ""
         measures, removed = entry.get("measures", {}), entry.get("tax_removed", {})
@@ -200,8 +201,8 @@ def table(summary: Mapping[str, Any]) -> str:
             _number(entry.get("reference_passes"), 2),
             _share(entry.get("run_overhead")),
         ]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        rows.append(row)
+    return common.table(heads, rows)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
