@@ -22,6 +22,11 @@ _TILE_CPU, _TILE_GPU = 1 << 19, 1 << 24
 Tile = tuple[slice, slice]
 
 
+def tile_elements(device: torch.device) -> int:
+    """How many elements of rows to read at a time on `device`."""
+    return _TILE_GPU if device.type == "cuda" else _TILE_CPU
+
+
 class StoredBasis:
     """Rows [count, k, w], stored low and read in float32.
 
@@ -67,7 +72,7 @@ class StoredBasis:
     def tiles(self) -> Iterator[Tile]:
         """(pieces, columns) that between them cover the slab once."""
         count, rank, width = self.shape
-        size = (_TILE_GPU if self.device.type == "cuda" else _TILE_CPU) // rank
+        size = tile_elements(self.device) // rank
         columns = min(width, max(BLOCK, size // BLOCK * BLOCK))
         pieces = max(1, size // columns)
         for at in range(0, count, pieces):

@@ -21,7 +21,7 @@ from lora_ogpsa.optimizers import check_optimizer, unwrap_optimizer
 from lora_ogpsa.processes import first_process_first
 from lora_ogpsa.quantised import keep_differentiable
 from lora_ogpsa.reference import Objective, Reference, default_references
-from lora_ogpsa.rules import budget_correction, correction, restoration_step
+from lora_ogpsa.rules import budget_correction, halfspace_correction, restoration_step
 from lora_ogpsa.sharding import check_sharding, local_pair, whole
 from lora_ogpsa.state import load_state, require_equal, save_state
 from lora_ogpsa.steplogs import StepLogs
@@ -270,7 +270,8 @@ class OGPSA:
             rows = slab.view(estimator.means).transpose(0, 1)
             inverse = None if weights is None else slab.view(weights)
             none_worse = rows.new_zeros(rows.shape[:2])
-            slab.view(fix).copy_(correction(rows, slab.view(step), inverse, none_worse))
+            found = halfspace_correction(rows, slab.view(step), inverse, bound=none_worse)
+            slab.view(fix).copy_(found)
         return fix
 
     # ------------------------------------------------------------------ refreshes

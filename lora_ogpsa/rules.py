@@ -17,11 +17,12 @@ import itertools
 import torch
 from torch import Tensor
 
+from lora_ogpsa.basis import tile_elements
 from lora_ogpsa.errors import ConfigError
 
 MAX_INEQUALITIES = 8
 # Elements of the weighted copy of the rows made at a time: it bounds the extra memory of a
-# projection, not its result.
+# correction, not its result.
 _CHUNK = 1 << 24
 
 
@@ -93,19 +94,20 @@ def solve_inequalities(gram: Tensor, residual: Tensor) -> Tensor:
     return chosen * unit
 
 
-def correction(
+def halfspace_correction(
     rows: Tensor,
     step: Tensor,
     inverse_metric: Tensor | None = None,
-    bound: Tensor | None = None,
+    *,
+    bound: Tensor,
 ) -> Tensor:
-    r"""The correction x - Δ = -M⁻¹Cᵀλ of each piece, as a new tensor.
+    r"""The correction x - Δ = -M⁻¹Cᵀλ of each piece under Cx ≤ b, as a new tensor.
 
     Args:
         rows: C [count, k, w], any floating dtype; used in float32.
         step: Δ [count, w], float32.
         inverse_metric: the diagonal of M⁻¹ [count, w]; ``None`` is the identity.
-        bound: b [count, k] of Cx ≤ b; ``None`` demands Cx = 0.
+        bound: b [count, k].
 
     Returns:
         [count, w], float32.
@@ -119,10 +121,7 @@ def correction(
         weighted = c if inverse_metric is None else c * inverse_metric[part].unsqueeze(-2)
         gram = weighted @ c.mT
         residual = (c @ delta).squeeze(-1)
-        if bound is None:
-            lam = solve_equalities(gram, residual)
-        else:
-            lam = solve_inequalities(gram, residual - bound[part])
+        lam = solve_inequalities(gram, residual - bound[part])
         out[part] = -(weighted.mT @ lam.float().unsqueeze(-1)).squeeze(-1)
     return out
 
@@ -174,8 +173,7 @@ def _products(
     gram = rows.new_zeros(k, k, dtype=torch.float64)
     residual = rows.new_zeros(k, dtype=torch.float64)
     squared = rows.new_zeros((), dtype=torch.float64)
-    # On a CPU a tile should stay in the cache; on a GPU it should be worth its kernel launches.
-    wide = max(1, (_CHUNK if rows.is_cuda else _CHUNK >> 5) // k)
+    wide = max(1, tile_elements(rows.device) // k)
     for at in range(0, width, wide):
         part = slice(at, at + wide)
         c, delta = rows[:, part], step[part]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.rules import (
     budget_correction,
-    correction,
+    halfspace_correction,
     restoration_step,
     solve_inequalities,
 )
@@ -48,7 +48,9 @@ def test_halfspace_closed_form_on_orthonormal_rows():
     bound = torch.tensor([0.0, 0.3, 0.0, -0.2], dtype=torch.float64)
     # orthogonal constraints do not interact: each removes its own excess
     expected = step - rows.T @ (rows @ step - bound).clamp_min(0)
-    fix = correction(rows.float()[None], step.float()[None], bound=bound.float()[None]).squeeze(0)
+    fix = halfspace_correction(
+        rows.float()[None], step.float()[None], bound=bound.float()[None]
+    ).squeeze(0)
     torch.testing.assert_close((step.float() + fix).double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -56,8 +58,8 @@ def test_halfspace_keeps_what_lowers_a_reference_loss():
     rows = torch.tensor([[1.0, 0.0, 0.0]])
     helpful, harmful = torch.tensor([-2.0, 1.0, 0.5]), torch.tensor([2.0, 1.0, 0.5])
     zero = torch.zeros(1, 1)
-    assert not correction(rows[None], helpful[None], bound=zero).any()
-    fix = correction(rows[None], harmful[None], bound=zero)
+    assert not halfspace_correction(rows[None], helpful[None], bound=zero).any()
+    fix = halfspace_correction(rows[None], harmful[None], bound=zero)
     torch.testing.assert_close(fix, torch.tensor([[-2.0, 0.0, 0.0]]))
 
 
@@ -76,7 +78,7 @@ def test_halfspace_meets_the_optimality_conditions(k, width, weighted, seed):
     step = torch.randn(width, generator=generator)
     weights = torch.rand(width, generator=generator) * 5 + 0.1 if weighted else torch.ones(width)
     bound = torch.zeros(k)
-    fix = correction(rows[None], step[None], weights[None], bound[None]).squeeze(0)
+    fix = halfspace_correction(rows[None], step[None], weights[None], bound=bound[None]).squeeze(0)
     assert_optimal(rows, step, step + fix, bound, weights)
 
 
@@ -84,8 +86,8 @@ def test_parallel_and_zero_rows_are_harmless():
     row = torch.randn(10)
     rows = torch.stack([row, 2 * row, torch.zeros(10)])
     step = row + torch.randn(10)
-    fix = correction(rows[None], step[None], bound=torch.zeros(1, 3)).squeeze(0)
-    alone = correction(row[None, None], step[None], bound=torch.zeros(1, 1)).squeeze(0)
+    fix = halfspace_correction(rows[None], step[None], bound=torch.zeros(1, 3)).squeeze(0)
+    alone = halfspace_correction(row[None, None], step[None], bound=torch.zeros(1, 1)).squeeze(0)
     torch.testing.assert_close(fix, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -93,31 +95,21 @@ def test_opposite_rows_pin_the_step_to_both():
     row = torch.randn(10)
     rows = torch.stack([row, -row])
     step = torch.randn(10)
-    x = step + correction(rows[None], step[None], bound=torch.zeros(1, 2)).squeeze(0)
+    x = step + halfspace_correction(rows[None], step[None], bound=torch.zeros(1, 2)).squeeze(0)
     assert abs(row @ x) < 1e-5 * row.norm() * step.norm()
 
 
 def test_pieces_are_independent():
     rows, step, bound = torch.randn(5, 3, 20), torch.randn(5, 20), torch.zeros(5, 3)
-    together = correction(rows, step, bound=bound)
+    together = halfspace_correction(rows, step, bound=bound)
     for i in range(5):
-        alone = correction(rows[i : i + 1], step[i : i + 1], bound=bound[i : i + 1])
+        alone = halfspace_correction(rows[i : i + 1], step[i : i + 1], bound=bound[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-6)
 
 
 def test_too_many_rows_are_refused():
     with pytest.raises(ConfigError, match="at most 8"):
         solve_inequalities(torch.eye(9), torch.ones(9))
-
-
-# ------------------------------------------------------------------ orthogonal, in a metric
-
-
-def test_orthogonal_in_a_metric_closed_form():
-    # min (x-Δ)ᵀM(x-Δ) s.t. x₀ + x₁ = 0 with M = diag(1, 4): λ = (Δ₀+Δ₁)/(1 + 1/4)
-    rows, step = torch.tensor([[[1.0, 1.0]]]), torch.tensor([[3.0, 2.0]])
-    x = step + correction(rows, step, torch.tensor([[1.0, 0.25]]))
-    torch.testing.assert_close(x, torch.tensor([[-1.0, 1.0]]))
 
 
 # ------------------------------------------------------------------ budget
@@ -168,7 +160,9 @@ def test_budget_never_makes_an_overdrawn_reference_worse(k, seed, cap):
 def test_budget_equals_halfspace_where_nothing_is_left_or_overdrawn():
     rows, step, weights = torch.randn(3, 25), torch.randn(25), torch.rand(25) + 0.1
     fix = budget_correction(rows, step, torch.zeros(3), weights, recovery=0.3, max_correction=3.0)
-    half = correction(rows[None], step[None], weights[None], torch.zeros(1, 3)).squeeze(0)
+    half = halfspace_correction(
+        rows[None], step[None], weights[None], bound=torch.zeros(1, 3)
+    ).squeeze(0)
     torch.testing.assert_close(fix, half, rtol=1e-4, atol=1e-6)
 
 

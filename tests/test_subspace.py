@@ -118,6 +118,15 @@ def test_projection_properties(width, rank, count, weighted, seed):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
+def test_projection_in_a_metric_closed_form():
+    # min (x-Δ)ᵀM(x-Δ) s.t. x₀ + x₁ = 0 with M = diag(1, 4): λ = (Δ₀+Δ₁)/(1 + 1/4)
+    subspace = Subspace(whole(2), 1)
+    subspace.stored[0].write(slice(0, 1), torch.tensor([[[1.0, 1.0]]]))
+    step = torch.tensor([3.0, 2.0])
+    x = step + subspace.correction(step, torch.tensor([1.0, 0.25]))
+    torch.testing.assert_close(x, torch.tensor([-1.0, 1.0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_basis_is_projected_out_exactly_as_stored(dtype):
     subspace = estimated(of_rank(20, 200, 20), 6, dtype=dtype)
