@@ -65,7 +65,6 @@ def references(model: Any, vocabulary: int, count: int, answer: int) -> list[Obj
 def buffers(ogpsa: OGPSA) -> dict[str, dict[str, Any]]:
     """Bytes of everything a projector holds, by role: where it lies beside a GPU, and when."""
     config, estimator = ogpsa.config, ogpsa.estimator
-    idle = config.constraint == "orthogonal" and config.refresh == "interval"
     found: dict[str, dict[str, Any]] = {}
 
     def note(role: str, size: int, host: bool, when: str = "always") -> None:
@@ -75,13 +74,15 @@ def buffers(ogpsa: OGPSA) -> dict[str, dict[str, Any]]:
     note("copy of the parameters", flat, False, "step" if ogpsa._flat is None else "always")
     if ogpsa.metric is not None:
         note("metric", flat, False, "step")
-    note("mean rows", estimator.means.nbytes, idle and config.restoration == 0)
+    note("mean rows", estimator.means.nbytes, config.mean_rows_idle)
     if estimator.subspace is not None:
         size = sum(basis.nbytes for basis in estimator.subspace.stored)
         note("bases", size, config.offload)
     if estimator.sketches is not None:
         size = sum(4 * torch.Size(sketch.shape).numel() for sketch in estimator.sketches)
-        note("sketches", size, config.offload, "refresh" if config.decay == 0.0 else "always")
+        note(
+            "sketches", size, config.offload, "refresh" if config.sketches_start_over else "always"
+        )
     return found
 
 

@@ -178,6 +178,30 @@ class OGPSAConfig:
         values["early_refreshes"] = list(self.early_refreshes)
         return values
 
+    # ------------------------------------------------------------------ what follows from it
+
+    @property
+    def mean_rows_idle(self) -> bool:
+        """Whether nothing reads the mean rows between two refreshes: they only go into bases."""
+        interval_bases = self.constraint == "orthogonal" and self.refresh == "interval"
+        return interval_bases and self.restoration == 0
+
+    @property
+    def sketch_rows(self) -> int:
+        """Rows that a sketch needs room for; 0 where there are no sketches."""
+        if self.constraint != "orthogonal" or self.rows != "examples":
+            return 0
+        assert self.sketch_size is not None and self.references_per_refresh is not None
+        room = self.sketch_size + max(self.sketch_size, self.reference_batch_size)
+        if self.sketches_start_over:
+            room = max(self.sketch_size + 1, min(room, self.references_per_refresh))
+        return room
+
+    @property
+    def sketches_start_over(self) -> bool:
+        """Whether each refresh begins with empty sketches: its rows are all there will be."""
+        return self.decay == 0.0
+
     # ------------------------------------------------------------------ resolution
 
     def _set(self, name: str, value: Any) -> None:

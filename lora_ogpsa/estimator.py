@@ -71,8 +71,7 @@ class Estimator:
         self.config = config
         self.slabs = space.slabs(config.granularity or "adapter")
         # Where they only go into bases, at intervals, they would take up the device in vain.
-        idle = config.constraint == "orthogonal" and config.refresh == "interval"
-        home = "cpu" if idle and config.restoration == 0 else space.device
+        home = "cpu" if config.mean_rows_idle else space.device
         self.means = torch.zeros(len(self.objectives), space.size, device=home)
         self.excess = torch.zeros(len(self.objectives), device=space.device)
         # How much of each mean row is data rather than its initial zero (bias correction).
@@ -89,18 +88,13 @@ class Estimator:
                 device=space.device,
                 offload=config.offload,
             )
-            if config.rows == "examples":
-                size = config.sketch_size or 2 * config.rank
-                capacity = size + max(size, config.reference_batch_size)
-                if config.decay == 0.0:
-                    # Sketches start over at each refresh: its rows are all there will be.
-                    capacity = max(size + 1, min(capacity, config.references_per_refresh or 1))
+            if config.sketch_rows:
                 self.sketches = [
                     FrequentDirections(
-                        size,
+                        config.sketch_size or 2 * config.rank,
                         slab.width,
                         slab.count,
-                        capacity=capacity,
+                        capacity=config.sketch_rows,
                         device="cpu" if config.offload else space.device,
                     )
                     for slab in self.slabs
@@ -152,7 +146,7 @@ class Estimator:
         for index, share in shares.items():
             self._gather(index, share, seen)
         self._update_basis()
-        if self.config.decay == 0.0:
+        if self.config.sketches_start_over:
             for sketch in self.sketches or ():
                 sketch.clear()
         return seen

@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from lora_ogpsa.basis import BLOCK
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.reference import Reference
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# 8-bit blocks of 256 have a float32 scale each.
-_BASIS_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1 + 4 / 256}
+_BASIS_BYTES = {**_DTYPE_BYTES, "int8": 1 + 4 / BLOCK}  # a float32 scale for each block
 # Bytes of optimizer state per trained parameter; what is not listed is taken for AdamW.
 _OPTIMIZER_BYTES = (("8bit", 2.0), ("sgd", 0.0), ("adafactor", 0.1), ("lion", 4.0))
 # An 8B Llama with rank 16 on all linear layers, from which an unknown model is scaled.
@@ -170,16 +170,13 @@ def ogpsa_bytes(config: OGPSAConfig, references: int, d: int) -> float:
         references: how many, K.
         d: trained parameters.
     """
-    vector, step = 4.0 * d, 4
-    if config.constraint != "orthogonal":
-        return (references + step) * vector
-    if config.offload:
-        return step * vector
-    sketch = 0
-    if config.rows == "examples":
-        size = config.sketch_size or 2 * config.rank
-        sketch = max(size + 1, config.references_per_refresh or 1)
-    return config.rank * d * _BASIS_BYTES[config.basis_dtype] + max(step, sketch) * vector
+    vectors, step, sketch, bases = 0 if config.mean_rows_idle else references, 4, 0, 0.0
+    if config.constraint == "orthogonal" and not config.offload:
+        bases = config.rank * d * _BASIS_BYTES[config.basis_dtype]
+        sketch = config.sketch_rows
+    # Sketches that start over are gone when a step needs its memory.
+    vectors += max(step, sketch) if config.sketches_start_over else step + sketch
+    return bases + vectors * 4.0 * d
 
 
 def _activations(stage: Stage, size: ModelSize, tokens: int) -> float:

@@ -503,9 +503,18 @@ def test_out_of_memory_halves_the_micro_batch_then_gives_up(tiny_peft):
             return losses(model, indices)
 
         objective.losses = limited
+        # Into the bases goes every example once; after that the sketches are freed.
+        held, estimate = [], ogpsa.estimator.subspace.estimate
+
+        def watched(means, sketches, **settings):
+            held.extend(rows.shape[1] for rows in sketches)
+            estimate(means, sketches, **settings)
+
+        ogpsa.estimator.subspace.estimate = watched
         training_step(model, 0)
         optimizer.step()
         assert sizes == [8, 4, 2, 2, 2, 2]
+        assert held and all(filled == 8 for filled in held)
         fits[0] = 0
         with pytest.raises(ReferenceLossError, match="does not fit into memory"):
             ogpsa.refresh()

@@ -108,6 +108,12 @@ def test_ogpsa_memory_follows_the_cost_model() -> None:
     eight_bits = OGPSAConfig(**rows, basis_dtype="int8")
     assert ogpsa_bytes(eight_bits, 2, d) == pytest.approx(8 * d * (1 + 4 / 256) + sketch)
     assert ogpsa_bytes(OGPSAConfig(**rows, offload=True), 2, d) == 4 * d * 4
+    restored = OGPSAConfig(**rows, restoration=0.5)  # reads the mean rows between refreshes
+    assert ogpsa_bytes(restored, 2, d) == 8 * d * 2 + sketch + 2 * d * 4
+    streaming = OGPSAConfig(**rows, refresh="stream")  # and never lets go of its sketches
+    assert ogpsa_bytes(streaming, 2, d) == 8 * d * 2 + (2 + 4 + 32) * d * 4
+    many = OGPSAConfig(**rows, references_per_refresh=64)  # shrunk on the way
+    assert ogpsa_bytes(many, 2, d) == 8 * d * 2 + 32 * d * 4
     means = OGPSAConfig(constraint="orthogonal", rank=8, rows="means")
     assert ogpsa_bytes(means, 2, d) == 8 * d * 2 + 4 * d * 4
 
