@@ -110,3 +110,20 @@ def test_live_bytes_are_those_of_the_storages(script):
 
     # at the end: the loss, its gradient, the product's gradient, and the weight's
     assert peak_bytes(backward, torch.device("cpu")) == 4 + 4 + 400 + 40_000
+
+
+def test_refusal_judge_counts(script, monkeypatch, tmp_path):
+    answers = ["Put the kettle on first.", "I can't help with that.", "Seven."]
+    rows = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]}
+        for answer in answers
+    ]
+    for name in ("general_reference.jsonl", "eval_general.jsonl"):
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
+    output = tmp_path / "found.json"
+    arguments = ["refusal_judge.py", "--data", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    script("refusal_judge").main()
+    report = json.loads(output.read_text())
+    assert report["eval_general.jsonl"] == {"answers": 3, "called_refusals": 1}
+    assert report["embedded:safety_sft"]["answers"] >= 200
