@@ -23,7 +23,7 @@ class Tolerance:
 
 
 # Measured in docs/merging.md. A right merge differs by the rounding of its dtype only; the limit
-# leaves an order of magnitude. A wrong base, wrong quantisation settings or an unapplied adapter
+# leaves a factor of five. A wrong base, wrong quantisation settings or an unapplied adapter
 # lie far beyond it.
 REPRODUCES = Tolerance(mean_kl=0.02, top1_agreement=0.90)
 # Merging a QLoRA adapter into the original weights swaps the base under it, by design. The limit
