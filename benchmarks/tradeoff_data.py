@@ -31,6 +31,9 @@ FILES = {
 HELD_OUT = 60  # rows of safety_sft that nothing trains on
 _SPLIT_SEED = 1000
 
+# As in the library's default references.
+_FIRST_TOKEN: dict[str, Any] = {"max_new_tokens": 1, "share": 3}
+
 Tokens = tuple[list[int], list[int]]
 Pair = tuple[Tokens, Tokens]
 
@@ -107,10 +110,11 @@ class Source:
         """What must not get worse.
 
         Args:
-            wanted: ``"shared"``, general prompts and harmless look-alikes held to the base
-                model's own answers; ``"datasets"``, the data sets' own answers as in the paper
-                (with the embedded data, which has none: the base model's, by likelihood); or a
-                list of `Reference` arguments whose ``data`` may be a name in `FILES`.
+            wanted: ``"shared"``, general prompts held to the base model's own answers and harmless
+                look-alikes held to the first token of them; ``"datasets"``, the data sets' own
+                answers as in the paper (with the embedded data, which has none: the base model's,
+                by likelihood); or a list of `Reference` arguments whose ``data`` may be a name in
+                `FILES`.
         """
         if not isinstance(wanted, str):
             return [
@@ -121,7 +125,7 @@ class Source:
         if wanted == "shared" and self.folder is not None:
             return [
                 Reference("general", self.path("general"), kind="alpaca", limit=80),
-                Reference("lookalike", embedded, kind="lookalike", limit=80),
+                Reference("lookalike", embedded, kind="lookalike", limit=80, **_FIRST_TOKEN),
             ]
         if wanted == "datasets" and self.folder is not None:
             return [
@@ -136,10 +140,11 @@ class Source:
                 )
                 for kind in ("alpaca", "gsm8k")
             ]
-        loss: Any = {"shared": {}, "datasets": {"loss": "distill", "first_tokens": None}}[wanted]
+        whole: Any = {"loss": "distill", "first_tokens": None}
+        each: list[Any] = [{}, _FIRST_TOKEN] if wanted == "shared" else [whole, whole]
         return [
-            Reference(kind, embedded, kind=kind, limit=80, **loss)
-            for kind in ("general", "lookalike")
+            Reference(kind, embedded, kind=kind, limit=80, **settings)
+            for kind, settings in zip(("general", "lookalike"), each, strict=True)
         ]
 
     def objectives(

@@ -80,15 +80,16 @@ class OGPSAConfig:
         metric_damping: :math:`\delta` as a share of the root mean square of
             :math:`\sqrt{\hat v}`.
         refresh: ``"stream"`` takes one small reference micro-batch at every refresh, references
-            in turn, and folds it into decayed rows; ``"interval"`` gathers fresh rows of all
-            references at every refresh. Default: interval for ``orthogonal``, else stream.
+            in turn by their shares, and folds it into decayed rows; ``"interval"`` gathers fresh
+            rows of all references at every refresh. Default: interval for ``orthogonal``, else
+            stream.
         refresh_every: optimizer steps between refreshes. Default: 1 streaming, 20 at intervals.
         references_per_refresh: reference examples per refresh: of the one reference whose turn
             it is when streaming, over all references at intervals. Default: 1 and 16.
         reference_batch_size: examples per backward pass of a refresh.
         early_refreshes: steps at which an interval schedule refreshes besides its own. LoRA's
             B is zero at first, so A's gradients appear only after the first step.
-        decay: what is left of the old rows when new ones are folded in. Default: 0.9
+        decay: what is left of the old rows when new ones are folded in. Default: 0.8
             streaming, 0 (start over) at intervals.
         adaptive_threshold: at an interval refresh, first probe with one reference micro-batch;
             keep the basis if it captures at least this share of the probe's energy.
@@ -137,9 +138,9 @@ class OGPSAConfig:
     rows: Rows = "examples"
     basis_dtype: BasisDtype = "bfloat16"
     offload: bool = False
-    budget: float = 0.1
-    recovery: float = 0.3
-    max_correction: float = 3.0
+    budget: float = 0.2
+    recovery: float = 1.0
+    max_correction: float = 1.0
     restoration: float = 0.0
     restoration_cap: float = 2.0
     seed: int = 0
@@ -243,7 +244,7 @@ class OGPSAConfig:
         if self.references_per_refresh is None:
             self._set("references_per_refresh", 1 if streaming else 16)
         if self.decay is None:
-            self._set("decay", 0.9 if streaming else 0.0)
+            self._set("decay", 0.8 if streaming else 0.0)
         if self.sketch_size is None:
             self._set("sketch_size", 2 * self.rank if isinstance(self.rank, int) else None)
 

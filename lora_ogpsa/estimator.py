@@ -74,9 +74,11 @@ class Estimator:
         home = "cpu" if config.mean_rows_idle else space.device
         self.means = torch.zeros(len(self.objectives), space.size, device=home)
         self.excess = torch.zeros(len(self.objectives), device=space.device)
+        #: Which references a refresh has measured since this was last cleared.
+        self.measured = torch.zeros(len(self.objectives), dtype=torch.bool, device=space.device)
         # How much of each mean row is data rather than its initial zero (bias correction).
         self.mass = [0.0] * len(self.objectives)
-        self.turn = 0
+        self.probes = 0
         self.drawn = [0] * len(self.objectives)
         self.subspace: Subspace | None = None
         self.sketches: list[FrequentDirections] | None = None
@@ -110,7 +112,7 @@ class Estimator:
             tensors[f"sketch.{index}"] = sketch.rows
         if self.subspace is not None:
             tensors.update(self.subspace.state_dict())
-        facts = {"mass": self.mass, "turn": self.turn, "drawn": self.drawn}
+        facts = {"mass": self.mass, "probes": self.probes, "drawn": self.drawn}
         return tensors, facts
 
     def load_state_dict(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -121,7 +123,7 @@ class Estimator:
             sketch.load_state_dict({"rows": tensors[f"sketch.{index}"]})
         if self.subspace is not None:
             self.subspace.load_state_dict(tensors)
-        self.mass, self.turn = list(facts["mass"]), int(facts["turn"])
+        self.mass, self.probes = list(facts["mass"]), int(facts["probes"])
         self.drawn = list(facts["drawn"])
 
     # ------------------------------------------------------------------ refreshes
@@ -136,12 +138,11 @@ class Estimator:
         seen = Refreshed()
         count = self.config.references_per_refresh or 1
         if self.config.refresh == "stream":
-            shares = {self.turn % len(self.objectives): count}
-            self.turn += 1
+            shares = {self._next_turn(count): count}
         elif self._still_holds(seen):
             return seen
         else:
-            shares = dict(enumerate(_shares(count, len(self.objectives))))
+            shares = dict(enumerate(_split(count, [o.reference.share for o in self.objectives])))
         self._age_sketches()
         for index, share in shares.items():
             self._gather(index, share, seen)
@@ -151,13 +152,18 @@ class Estimator:
                 sketch.clear()
         return seen
 
+    def _next_turn(self, count: int) -> int:
+        """The reference that is furthest behind its share of the examples."""
+        shares = [o.reference.share for o in self.objectives]
+        return furthest_behind(self.drawn, shares, sum(self.drawn) + count)
+
     def _still_holds(self, seen: Refreshed) -> bool:
         """Probe with one example whether the bases are good enough to be kept."""
         threshold = self.config.adaptive_threshold
         if threshold is None or self.subspace is None or not all(self.mass):
             return False
-        index = self.turn % len(self.objectives)
-        self.turn += 1
+        index = self.probes % len(self.objectives)
+        self.probes += 1
         probe = self.space.zeros()
         with failing_together(self.space.device):
             # One example is too few to split: every process takes the same.
@@ -211,6 +217,7 @@ class Estimator:
         share = (1 - decay) / self.mass[index]
         self.means[index].lerp_(fresh.to(self.means.device), share)
         self.excess[index].lerp_(excess, share)
+        self.measured[index] = True
 
     def _captured(self, fresh: Tensor) -> Tensor | None:
         """Share of the energy of `fresh` [d] held by what was known before."""
@@ -310,9 +317,18 @@ def _check_count(count: int, config: OGPSAConfig) -> None:
         )
 
 
-def _shares(total: int, parts: int) -> list[int]:
-    """`total` split as evenly as possible."""
-    return [total // parts + (i < total % parts) for i in range(parts)]
+def _split(total: int, shares: Sequence[float]) -> list[int]:
+    """`total` examples split by `shares`, at least one each."""
+    given = [1] * len(shares)
+    for so_far in range(len(shares) + 1, total + 1):
+        given[furthest_behind(given, shares, so_far)] += 1
+    return given
+
+
+def furthest_behind(given: Sequence[int], shares: Sequence[float], total: int) -> int:
+    """Which of `given` is furthest below its share of `total`; of equals the first."""
+    missing = [total * share / sum(shares) - n for n, share in zip(given, shares, strict=True)]
+    return missing.index(max(missing))
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -193,7 +193,9 @@ class OGPSA:
         # A subclass whose `step` calls its base class's fires the hooks twice, one pair inside the
         # other, if torch has hooked both classes (PEFT's Riemannian optimizer).
         self._nested = self._armed
-        if not self._nested and self.is_refresh_due():
+        # What was measured so far was measured before this step.
+        self.estimator.measured.zero_()
+        if not self._nested and not self._refreshes_after and self.is_refresh_due():
             self.refresh()
         self._armed = True
         if self.config.space == "gradient":
@@ -211,11 +213,29 @@ class OGPSA:
                 safeguards.check_rest(self.space, self.optimizer, self._flat)
             return
         if self._flat is not None:
+            if self._refreshes_after and self.is_refresh_due():
+                self._refresh_after(self._flat)
             self._project_update(self._flat)
         self.steps += 1
         self._armed = False
         nested_update = self._nested and self.config.space == "update"
         self._flat = self.space.read() if nested_update else None
+
+    @property
+    def _refreshes_after(self) -> bool:
+        """Whether losses are measured where the optimizer's step led, not where it began.
+
+        A budget is on what a loss is, and the divergence from the base model has no gradient at
+        the base model: measured there, it would let the first steps pass unseen.
+        """
+        return self.config.constraint == "budget"
+
+    def _refresh_after(self, before: Tensor) -> None:
+        try:
+            self.refresh()
+        except BaseException:
+            self.space.write(before)
+            raise
 
     def _project_gradients(self) -> None:
         flat = self.space.zeros()
@@ -262,6 +282,7 @@ class OGPSA:
                 weights,
                 recovery=config.recovery,
                 max_correction=config.max_correction,
+                behind=estimator.measured,
             )
         if estimator.subspace is not None:
             return estimator.subspace.correction(step, weights)

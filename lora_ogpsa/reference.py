@@ -22,6 +22,8 @@ Loss = Literal["kl", "distill", "sft", "dpo"]
 Tokens = tuple[list[int], list[int]]
 _LOSSES = ("kl", "distill", "sft", "dpo")
 _DEFAULT_BETA = 0.1
+# Host memory that one reference may take to keep what the base model says of its answers.
+_BASE_SCORES_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Reference:
             in the data; ``"dpo"``, the sigmoid preference loss on ``prompt``/``chosen``/
             ``rejected`` rows.
         weight: of its rows in sketches.
+        share: how many of the reference examples are its own, relative to the other references.
         budget: nats per token its loss may exceed the base model's; ``None`` takes
             `OGPSAConfig.budget`.
         first_tokens: answer tokens that count extra: over-refusal is decided there and drowns
@@ -61,6 +64,7 @@ class Reference:
     data: Any = "embedded:harmless"
     loss: Loss = "kl"
     weight: float = 1.0
+    share: float = 1.0
     budget: float | None = None
     first_tokens: int | None = 6
     first_tokens_weight: float = 0.5
@@ -79,7 +83,7 @@ class Reference:
                 f"Reference `{self.name}`: `loss` should be one of {list(_LOSSES)}. Found "
                 f"{self.loss!r}."
             )
-        positive = ("weight", "max_length", "max_new_tokens")
+        positive = ("weight", "share", "max_length", "max_new_tokens")
         optional = ("budget", "first_tokens", "limit", "beta")
         for name in (*positive, *optional):
             value = getattr(self, name)
@@ -207,11 +211,12 @@ def default_references() -> list[Reference]:
     """What is protected when nothing else is asked for: the embedded harmless prompts.
 
     General requests and harmless look-alikes of harmful ones, each held to the base model's own
-    answers.
+    answers. Whether to refuse is decided at the first token of an answer, so look-alikes are held
+    there alone: it is the sharpest signal, and the shortest example.
     """
     return [
         Reference("general", "embedded:harmless", kind="general"),
-        Reference("lookalike", "embedded:harmless", kind="lookalike"),
+        Reference("lookalike", "embedded:harmless", kind="lookalike", max_new_tokens=1, share=3),
     ]
 
 
@@ -230,6 +235,8 @@ class Objective:
         self.sequences = sequences
         self.fold = 2 if reference.loss == "dpo" else 1
         self._base: dict[int, Tensor] = {}
+        self._base_scores: dict[int, Tensor] = {}
+        self._room = _BASE_SCORES_BYTES
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         accepted = inspect.signature(type(base).forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
@@ -257,8 +264,7 @@ class Objective:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         kind = self.reference.loss
         if kind == "kl":
-            with torch.no_grad(), base_mode(model):
-                base = self._log_probs(model, batch)
+            base = self._base_log_probs(model, indices, device)
             current = self._log_probs(model, batch)
             divergence = (base.exp() * (base - current)).sum(-1)
             losses = self._token_mean(divergence, batch["answer"])
@@ -312,6 +318,34 @@ class Objective:
             inputs["logits_to_keep"] = keep + 1
         logits = model(**inputs).logits
         return logits[:, -keep - 1 : -1].float().log_softmax(-1)
+
+    def _base_log_probs(
+        self, model: nn.Module, indices: Sequence[int], device: torch.device
+    ) -> Tensor:
+        """The base model's log-probabilities of `indices`, as :meth:`_log_probs` gives them.
+
+        They never change, so they are kept in host memory as long as there is room. Each example
+        goes through the model alone: rounding depends on what else is in a batch, and a resumed
+        run would differ from one that was not interrupted.
+        """
+        found = []
+        for index in indices:
+            scores = self._base_scores.get(index)
+            if scores is None:
+                alone = _left_padded([self.sequences[index]])
+                alone = {name: tensor.to(device) for name, tensor in alone.items()}
+                with torch.no_grad(), base_mode(model):
+                    scores = self._log_probs(model, alone)[0]
+                size = scores.numel() * scores.element_size()
+                if size <= self._room:
+                    self._room -= size
+                    self._base_scores[index] = scores.cpu()
+            found.append(scores.to(device))
+        keep = max(len(scores) for scores in found)
+        out = found[0].new_zeros(len(found), keep, found[0].shape[-1])
+        for row, scores in zip(out, found, strict=True):
+            row[keep - len(scores) :] = scores
+        return out
 
     def _token_mean(self, values: Tensor, answer: Tensor) -> Tensor:
         """Average over the answer, mixed with the average over its first tokens."""

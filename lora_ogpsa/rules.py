@@ -134,13 +134,18 @@ def budget_correction(
     *,
     recovery: float,
     max_correction: float,
+    behind: Tensor | None = None,
 ) -> Tensor:
-    r"""The correction of the budget rule (DESIGN §2): Cx ≤ b, and a way back where b < 0.
+    r"""The correction c = x - Δ of the budget rule (DESIGN §2): Cx ≤ b, and a way back where b < 0.
 
-    Two problems share one Gram matrix: with b⁺ = max(b, 0), which only keeps the step from making
-    anything worse and is always feasible, and with the overdrawn part of b replaced by a share
-    ρ of it. The step goes from the first solution towards the second as far as the cap allows;
-    both satisfy Cx ≤ b⁺, so every point between them does.
+    Two problems share one Gram matrix. The first only keeps the step from making anything worse
+    and is always feasible (x = 0 is): Cx ≤ max(b, 0). In the second a share ρ of what is
+    overdrawn is recovered. The step goes from the first solution towards the second as far as the
+    cap allows; both satisfy the first, so every point between them does.
+
+    Of a loss that was measured at θ + Δ, b is what is left there, so that the whole condition is
+    Cc ≤ b; the first problem asks it to be no worse than before the step, Cx ≤ max(b + CΔ, 0),
+    and the second recovers a share ρ of the rest.
 
     Args:
         rows: C [k, w], mean reference gradients.
@@ -149,15 +154,24 @@ def budget_correction(
         inverse_metric: the diagonal of M⁻¹ [w]; ``None`` is the identity.
         recovery: ρ.
         max_correction: the way back is at most this many times as long as Δ, in the metric.
+        behind: [k], which losses were measured at θ + Δ; ``None`` means none.
 
     Returns:
         x - Δ [w], float32.
     """
-    gram, residual, squared = _products(rows, step, inverse_metric)
+    gram, change, squared = _products(rows, step, inverse_metric)
     slack = slack.double()
-    hold = solve_inequalities(gram, residual - slack.clamp_min(0))
-    target = torch.where(slack < 0, recovery * slack, slack)
-    back = solve_inequalities(gram, residual - target) - hold
+    overdraft = slack.neg().clamp_min(0)
+    # What the correction has to take away, -Cc: to hold, and to recover a share of the rest.
+    held = change - slack.clamp_min(0)
+    recovered = held + recovery * overdraft
+    if behind is not None:
+        # What Δ itself did to a loss may be undone, and no more is needed to stand as before it.
+        undone = change.minimum(-slack)
+        held = torch.where(behind, undone, held)
+        recovered = torch.where(behind, undone + recovery * (-slack - undone), recovered)
+    hold = solve_inequalities(gram, held)
+    back = solve_inequalities(gram, recovered) - hold
     limit = max_correction * squared.sqrt()
     length = (back @ gram @ back).clamp_min(0).sqrt()
     lam = hold + back * (limit / length.clamp_min(1e-300)).clamp_max(1.0)

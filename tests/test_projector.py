@@ -152,7 +152,7 @@ def test_budget_holds_a_reference_that_plain_training_forgets(tiny_peft):
 
     def divergence(protected):
         model = tiny_peft(warm=False)
-        optimizer = torch.optim.AdamW(adapter_parameters(model), lr=2e-2)
+        optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-2)
         reference = token_reference("a", n=6, loss="kl")
         objective = reference.prepare(model)
         ogpsa = None
@@ -168,8 +168,8 @@ def test_budget_holds_a_reference_that_plain_training_forgets(tiny_peft):
         return float(objective.losses(model, range(6))[1].mean())
 
     plain, kept = divergence(False), divergence(True)
-    assert plain > 0.01
-    assert kept < 0.006
+    assert plain > 0.02
+    assert kept < 0.004
 
 
 def test_restoration_lowers_the_excess_it_measured(tiny_peft):
@@ -279,6 +279,42 @@ def test_streaming_takes_references_in_turn(tiny_peft):
             optimizer.step()
             seen.append([key for key in ogpsa.pop_logs() if key.startswith("loss/")])
     assert seen == [["loss/a"], ["loss/b"], ["loss/a"], ["loss/b"]]
+
+
+def test_streaming_gives_each_reference_its_share(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    references = [token_reference("a", n=12), token_reference("b", n=12, share=3)]
+    with OGPSA(model, optimizer, references, OGPSAConfig(references_per_refresh=2)) as ogpsa:
+        for step in range(8):
+            training_step(model, step)
+            optimizer.step()
+        assert ogpsa.estimator.drawn == [4, 12]
+
+
+def test_an_interval_is_split_by_shares_and_leaves_none_out(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    references = [token_reference("a", share=0.01), token_reference("b"), token_reference("c")]
+    config = OGPSAConfig(constraint="orthogonal", references_per_refresh=7)
+    with OGPSA(model, optimizer, references, config) as ogpsa:
+        ogpsa.refresh()
+        assert ogpsa.estimator.drawn == [1, 3, 3]
+
+
+def test_budget_measures_where_the_optimizer_led(tiny_peft):
+    """At the base model the divergence and its gradient are zero, so a first step is seen after."""
+    model = tiny_peft(warm=False)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.5)
+    objective = token_reference("a", n=4, loss="kl").prepare(model)
+    config = OGPSAConfig(budget=1e6, references_per_refresh=4)
+    with OGPSA(model, optimizer, [objective], config) as ogpsa:
+        training_step(model, 0)
+        optimizer.step()
+        seen = ogpsa.pop_logs()["excess/a"]
+        assert ogpsa.estimator.means.any()
+    there = float(objective.losses(model, range(4))[1].mean().detach())
+    assert seen == pytest.approx(there, rel=1e-3) and there > 0
 
 
 def test_streamed_mean_is_the_bias_corrected_average(tiny_peft):

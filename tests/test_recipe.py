@@ -157,7 +157,7 @@ def test_stages_override_the_top_level() -> None:
     assert "packing" in first.training and "packing" not in second.training
     assert first.ogpsa is not None and first.ogpsa.budget == 0.3
     # A stage's section replaces the shared one; the two are not mixed.
-    assert second.ogpsa is not None and second.ogpsa.budget == 0.1
+    assert second.ogpsa is not None and second.ogpsa.budget == 0.2
     assert third.ogpsa is None
     assert [r.name for r in second.references] == ["mine"] and len(third.references) == 2
     assert recipe.arms == ["ogpsa"]

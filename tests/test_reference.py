@@ -10,6 +10,7 @@ from torch.nn import functional
 from lora_ogpsa import Reference, default_references
 from lora_ogpsa.answers import base_mode, own_answers
 from lora_ogpsa.errors import ConfigError, DataError
+from lora_ogpsa.reference import Objective
 
 PROMPTS = [{"prompt": f"tell me about topic {i}"} for i in range(5)]
 PAIRS = [
@@ -54,6 +55,30 @@ def test_first_tokens_are_mixed_in(tiny_peft, share):
         nll = token_nll(model, prompt, answer)
         expected = (1 - share) * nll.mean() + share * nll[:3].mean()
         torch.testing.assert_close(losses[i], expected)
+
+
+def test_what_the_base_model_says_is_asked_once_per_example(tiny_peft, monkeypatch):
+    model = tiny_peft(warm=True).eval()
+    objective = Reference("a", token_rows(3), loss="kl").prepare(model)
+    asked = []
+    forward = Objective._log_probs
+    monkeypatch.setattr(
+        Objective, "_log_probs", lambda *a: asked.append(len(a[2]["labels"])) or forward(*a)
+    )
+    first, _ = objective.losses(model, [0, 1])
+    assert asked == [1, 1, 2]
+    again, _ = objective.losses(model, [2, 1, 0])
+    assert asked == [1, 1, 2, 1, 3]
+    torch.testing.assert_close(again[[2, 1]], first)
+
+
+def test_without_room_the_base_model_is_asked_again(tiny_peft, monkeypatch):
+    monkeypatch.setattr("lora_ogpsa.reference._BASE_SCORES_BYTES", 0)
+    model = tiny_peft(warm=True).eval()
+    objective = Reference("a", token_rows(2), loss="kl").prepare(model)
+    first, _ = objective.losses(model, [0, 1])
+    again, _ = objective.losses(model, [0, 1])
+    assert torch.equal(first, again) and not objective._base_scores
 
 
 def test_kl_is_the_divergence_from_the_base(tiny_peft):

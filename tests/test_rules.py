@@ -157,6 +157,43 @@ def test_budget_never_makes_an_overdrawn_reference_worse(k, seed, cap):
     assert (rows @ x <= slack.clamp_min(0) + 1e-4 * step.norm() * rows.norm(dim=-1)).all()
 
 
+def after_the_step(rows, step, slack, recovery=0.5, **kwargs):
+    behind = torch.ones(len(slack), dtype=torch.bool)
+    settings = {"recovery": recovery, "max_correction": 3.0, "behind": behind, **kwargs}
+    return budget_correction(rows, step, slack, **settings)
+
+
+def test_a_loss_within_budget_after_the_step_needs_no_correction():
+    rows, step = torch.tensor([[1.0, 0.0]]), torch.tensor([3.0, 4.0])
+    assert not after_the_step(rows, step, torch.tensor([0.1])).any()
+
+
+def test_an_overdraft_that_the_step_made_is_undone_and_of_the_rest_a_share_recovered():
+    rows, step = torch.tensor([[1.0, 0.0]]), torch.tensor([0.4, 1.0])
+    # all of it is the step's own
+    made = after_the_step(rows, step, torch.tensor([-0.3]))
+    torch.testing.assert_close(made, torch.tensor([-0.3, 0.0]))
+    # 0.4 of it is
+    more = after_the_step(rows, step, torch.tensor([-1.0]))
+    torch.testing.assert_close(more, torch.tensor([-0.4 - 0.5 * 0.6, 0.0]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(k=st.integers(1, 5), seed=st.integers(0, 100_000), cap=st.floats(0.01, 10.0))
+def test_losses_measured_after_the_step_are_no_worse_than_before_it(k, seed, cap):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(k, 30, generator=generator)
+    step = torch.randn(30, generator=generator)
+    slack = torch.randn(k, generator=generator)
+    weights = torch.rand(30, generator=generator) + 0.1
+    behind = torch.rand(k, generator=generator) < 0.7
+    fix = after_the_step(
+        rows, step, slack, inverse_metric=weights, max_correction=cap, behind=behind
+    )
+    allowed = torch.where(behind, slack + rows @ step, slack).clamp_min(0)
+    assert (rows @ (step + fix) <= allowed + 1e-4 * step.norm() * rows.norm(dim=-1)).all()
+
+
 def test_budget_equals_halfspace_where_nothing_is_left_or_overdrawn():
     rows, step, weights = torch.randn(3, 25), torch.randn(25), torch.rand(25) + 0.1
     fix = budget_correction(rows, step, torch.zeros(3), weights, recovery=0.3, max_correction=3.0)

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from lora_ogpsa.estimator import furthest_behind
 from lora_ogpsa.reference import Objective
 
 RANK = 16
@@ -153,6 +154,8 @@ class Rival:
 class ReferenceStream:
     """Reference examples for methods that take a few with every step: references in turn.
 
+    Turns follow the references' shares, as OGPSA's do.
+
     Args:
         objectives: the prepared references.
         passes: examples per step; a fraction skips steps evenly.
@@ -163,7 +166,6 @@ class ReferenceStream:
         self.objectives = list(objectives)
         self.passes = passes
         self._seed = seed
-        self._turn = 0
         self._drawn = [0] * len(self.objectives)
 
     def take(self, step: int) -> tuple[Objective, list[int]] | None:
@@ -172,8 +174,8 @@ class ReferenceStream:
         due = math.ceil((step + 1) * self.passes) - math.ceil(step * self.passes)
         if due == 0:
             return None
-        index = self._turn % len(self.objectives)
-        self._turn += 1
+        shares = [objective.reference.share for objective in self.objectives]
+        index = furthest_behind(self._drawn, shares, sum(self._drawn) + due)
         return self.objectives[index], [self._next(index) for _ in range(due)]
 
     def split(self, total: int) -> list[tuple[Objective, list[int]]]:
