@@ -1,12 +1,13 @@
 """What OGPSA adds to the time of a training step and of a whole run, measured side by side.
 
-    python benchmarks/overhead.py                                  # SmolLM2-135M on the CPU
-    python benchmarks/overhead.py --device cuda --shape 8b         # random NF4 weights, 4 x 1,024
+    python benchmarks/overhead.py --repeats 4                      # SmolLM2-135M on the CPU
+    python benchmarks/overhead.py --device cuda --shape 8b --repeats 4   # random NF4, 4 x 1,024
     python benchmarks/overhead.py --markdown                       # tables of all results so far
 
 Plain and projected steps alternate on one model and one batch. `step_overhead` is what the hooks
 add to `optimizer.step()` without a refresh (orthogonal rule, k = 16), as a share of a plain step;
-`run_overhead` is a run at the default settings against plain training, refreshes included. Rules
+`run_overhead` is a run at the default settings against plain training, refreshes included; the
+default's references come in turns of four steps, so repeats should be a multiple of four. Rules
 that refresh at intervals are put together from a measured refresh and a measured step.
 
 Results go to benchmarks/results/overhead_<device>_<shape>.json.
@@ -18,13 +19,14 @@ import argparse
 import json
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
 
-from lora_ogpsa import OGPSA, OGPSAConfig, Reference, capture
+from lora_ogpsa import OGPSA, OGPSAConfig, Reference, capture, default_references
 from lora_ogpsa.models import cache_dir, load_model
 from lora_ogpsa.reference import Objective
 
@@ -44,10 +46,7 @@ def model_and_references(options: argparse.Namespace) -> tuple[Any, dict[str, li
     if options.shape == "smollm2":
         model, tokenizer = load_model("embedded", dtype="float32", device=options.device)
         model = common.with_lora(model)
-        kl = [
-            Reference(kind, "embedded:harmless", kind=kind, limit=options.references)
-            for kind in ("general", "lookalike")
-        ]
+        kl = [replace(r, limit=options.references) for r in default_references()]
         sft = [
             Reference(
                 "general",
@@ -62,6 +61,7 @@ def model_and_references(options: argparse.Namespace) -> tuple[Any, dict[str, li
         model, tokenizer = common.with_lora(common.random_nf4_llama(shape, device)), None
         longest = min(64, options.length // 2)
         rows = common.token_rows(shape["vocab"], options.references, longest // 2, longest)
+        # Look-alikes as long as general prompts, so what comes out is an upper bound.
         kl = [Reference(name, rows) for name in ("general", "lookalike")]
         sft = [Reference("general", rows * 2, loss="sft", first_tokens=None)]
     prepared = {
@@ -256,7 +256,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     copy = common.copy_bandwidth(device)
 
     refreshes, runs = {"default": refresh_parts(default, options.repeats, device)}, {}
-    runs["default"] = common.typical(whole["default"]) / plain - 1
+    # Not the median: its references take turns, and their examples are of different lengths.
+    runs["default"] = sum(whole["default"]) / sum(whole["plain"]) - 1
     for name, examples in TIMED_EXAMPLES.items():
         examples = min(examples, len(objectives["sft"][0]))
         ogpsa = projector(

@@ -48,10 +48,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--load-in-4bit", action="store_true", help="NF4 base")
     add(
         "--methods",
-        nargs="+",
+        nargs="*",
         default=DEFAULT_METHODS,
         metavar="NAME",
-        help=f"any of {', '.join(METHODS)}, or `all`",
+        help=f"any of {', '.join(METHODS)}, or `all`; none for those of `--ogpsa` alone",
     )
     add(
         "--ogpsa",
