@@ -41,6 +41,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "decay": 0.0,
             "early_refreshes": (),
             "restoration": 0.0,
+            "first_token_weight": 0.0,
         },
         {
             "rank": 2,
@@ -113,6 +114,10 @@ class OGPSAConfig:
         restoration: strength in [0, 1] of a step back to the base model's reference losses at
             each refresh (0 is off). The budget constraint has its own (``recovery``).
         restoration_cap: the restoration step is at most this many typical optimizer steps long.
+        first_token_weight: share of the training gradient that is of the first token of each
+            answer alone (0 is off). Refusing begins there, and in a mean over an answer that token
+            is too little to learn which prompts to refuse (`lora_ogpsa.emphasis`). Needs ``labels``
+            in the model's call, with the prompts masked; preference losses are left alone.
         seed: of the order in which reference examples are drawn.
 
     Raises:
@@ -143,6 +148,7 @@ class OGPSAConfig:
     max_correction: float = 1.0
     restoration: float = 0.0
     restoration_cap: float = 2.0
+    first_token_weight: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -275,6 +281,7 @@ class OGPSAConfig:
             "max_correction": (0.0, float("inf"), "(]"),
             "restoration": (0.0, 1.0, "[]"),
             "restoration_cap": (0.0, float("inf"), "(]"),
+            "first_token_weight": (0.0, 1.0, "[]"),
         }
         optional = {"adaptive_threshold", "energy"}
         for name, (low, high, ends) in real.items():

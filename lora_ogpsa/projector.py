@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_ogpsa import safeguards
 from lora_ogpsa.adapters import AdapterSpace
 from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.emphasis import FirstTokenEmphasis
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.estimator import Estimator, Refreshed
 from lora_ogpsa.metric import InverseMetric
@@ -156,6 +157,8 @@ class OGPSA:
                 self._watch_forward
             ),
         ]
+        if self.config.first_token_weight > 0:
+            self._handles.append(FirstTokenEmphasis(self.model, self.config.first_token_weight))
 
     def detach(self) -> None:
         """Remove every hook; model and optimizer are as if OGPSA had never been there."""

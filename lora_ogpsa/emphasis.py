@@ -1,0 +1,100 @@
+"""`FirstTokenEmphasis`: the first token of an answer, where refusing begins, counts more."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_IGNORED = -100  # the label of what is not learned, throughout the field
+
+
+class FirstTokenEmphasis:
+    r"""Mixes the mean loss of the first answer tokens into the gradient of the training loss.
+
+    A model decides at the first token of its answer whether it refuses (Qi et al. 2024,
+    arXiv 2406.05946), and in a mean over an answer that token weighs one part in its length. What
+    holds harmless look-alikes to the base model's first token then outweighs what teaches harmful
+    prompts another one, and the two are hardly told apart. With a share s of the whole, the
+    gradient becomes that of
+
+    .. math:: (1 - s)\,\operatorname{mean}_{\text{answer tokens}} \ell
+       + s\,\operatorname{mean}_{\text{first answer tokens}} \ell .
+
+    The loss of a token depends on the decoder's output at one position, so the gradient there is
+    scaled, which is the same as weighing the loss, in any trainer; the reported loss stays what it
+    is. Which tokens come first is read off the ``labels`` that the model is called with: a label
+    that is learned after one that is not. Forward passes without labels (preference losses among
+    them), without gradients, or in evaluation mode are left alone; so are labels that cover the
+    prompts as well.
+
+    Args:
+        model: the model as it is called in training, a PEFT model as a rule.
+        share: s in (0, 1].
+    """
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        self.share = share
+        self._labels: Tensor | None = None
+        self._checked = False
+        self._handles: list[Any] = []
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+        if not isinstance(decoder, nn.Module) or decoder is base:
+            return  # no language model of transformers: nothing says where its hidden states are
+        self._handles = [
+            model.register_forward_pre_hook(self._note_labels, with_kwargs=True),
+            decoder.register_forward_hook(self._weigh),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _note_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._labels = kwargs.get("labels") if module.training else None
+
+    def _weigh(self, module: nn.Module, args: Any, output: Any) -> None:
+        labels, self._labels = self._labels, None
+        hidden = output[0]
+        if labels is None or not hidden.requires_grad or hidden.shape[:2] != labels.shape:
+            return
+        if not self._checked:
+            self._checked = True
+            if not bool((token_weights(labels, self.share) != 1).any()):
+                logger.warning(
+                    "The labels of the first batch cover the prompts, so that no answer is seen to "
+                    "begin, and `first_token_weight` does nothing: harmful prompts and harmless "
+                    "look-alikes will be told apart less well. Mask the prompts with -100 (TRL: "
+                    "columns `prompt` and `completion`, or `assistant_only_loss=True`), or set "
+                    "`first_token_weight=0` if that is wanted."
+                )
+        weights = token_weights(labels, self.share).unsqueeze(-1)
+        hidden.register_hook(lambda grad: grad * weights.to(grad))
+
+
+def token_weights(labels: Tensor, share: float) -> Tensor:
+    """How much the loss read off each position counts under a share of the first tokens.
+
+    Args:
+        labels: [B, T], the label of each position, -100 where nothing is learned; the position
+            before it predicts it.
+        share: of the first tokens, s.
+
+    Returns:
+        [B, T], float32: 1 - s, and s × (answer tokens / first tokens) more where the next token is
+        the first of an answer. All ones if no answer begins.
+    """
+    learned = labels != _IGNORED
+    first = torch.zeros_like(learned)
+    first[:, :-1] = learned[:, 1:] & ~learned[:, :-1]
+    count = first.sum()
+    answers = learned[:, 1:].sum()
+    weights = (1 - share) + first * (share * answers / count.clamp_min(1))
+    return torch.where(count > 0, weights, 1.0)
