@@ -20,6 +20,11 @@ from lora_ogpsa.capture import quiet
 from lora_ogpsa.fingerprints import fingerprint
 
 
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PEFT model, its adapter layers in place; others unchanged."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextmanager
 def base_mode(model: Any) -> Iterator[None]:
     """Within the context `model` is its base model: adapters are off.

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from lora_ogpsa.answers import base_of
+from lora_ogpsa.chat import IGNORE_INDEX
 
-_IGNORED = -100  # the label of what is not learned, throughout the field
+logger = logging.getLogger(__name__)
 
 
 class FirstTokenEmphasis:
@@ -42,7 +43,7 @@ class FirstTokenEmphasis:
         self._labels: Tensor | None = None
         self._checked = False
         self._handles: list[Any] = []
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        base = base_of(model)
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
         if not isinstance(decoder, nn.Module) or decoder is base:
             return  # no language model of transformers: nothing says where its hidden states are
@@ -65,9 +66,10 @@ class FirstTokenEmphasis:
         hidden = output[0]
         if labels is None or not hidden.requires_grad or hidden.shape[:2] != labels.shape:
             return
+        weights = token_weights(labels, self.share)
         if not self._checked:
             self._checked = True
-            if not bool((token_weights(labels, self.share) != 1).any()):
+            if bool((weights == 1).all()):
                 logger.warning(
                     "The labels of the first batch cover the prompts, so that no answer is seen to "
                     "begin, and `first_token_weight` does nothing: harmful prompts and harmless "
@@ -75,8 +77,7 @@ class FirstTokenEmphasis:
                     "columns `prompt` and `completion`, or `assistant_only_loss=True`), or set "
                     "`first_token_weight=0` if that is wanted."
                 )
-        weights = token_weights(labels, self.share).unsqueeze(-1)
-        hidden.register_hook(lambda grad: grad * weights.to(grad))
+        hidden.register_hook(lambda grad: grad * weights.unsqueeze(-1).to(grad))
 
 
 def token_weights(labels: Tensor, share: float) -> Tensor:
@@ -91,7 +92,7 @@ def token_weights(labels: Tensor, share: float) -> Tensor:
         [B, T], float32: 1 - s, and s × (answer tokens / first tokens) more where the next token is
         the first of an answer. All ones if no answer begins.
     """
-    learned = labels != _IGNORED
+    learned = labels != IGNORE_INDEX
     first = torch.zeros_like(learned)
     first[:, :-1] = learned[:, 1:] & ~learned[:, :-1]
     count = first.sum()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_ogpsa import chat, data
-from lora_ogpsa.answers import base_mode, own_answers, reference_policy
+from lora_ogpsa.answers import base_mode, base_of, own_answers, reference_policy
 from lora_ogpsa.errors import ConfigError, DataError
 from lora_ogpsa.initialisation import base_is_kept
 
@@ -237,8 +237,7 @@ class Objective:
         self._base: dict[int, Tensor] = {}
         self._base_scores: dict[int, Tensor] = {}
         self._room = _BASE_SCORES_BYTES
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        accepted = inspect.signature(type(base).forward).parameters
+        accepted = inspect.signature(type(base_of(model)).forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
         self._takes_positions = "position_ids" in accepted
 
@@ -361,7 +360,7 @@ class Objective:
 
 def _require_language_model(model: Any, name: str) -> None:
     """Refuse a model whose logits are not of tokens: a classifier has no likelihood to protect."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is None:
         raise ConfigError(
             f"Reference `{name}` is a loss on the probabilities of tokens, and "

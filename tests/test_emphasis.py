@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import token_reference
@@ -135,8 +136,6 @@ class KeepGradients(TrainerCallback):
 
 
 def test_under_trl_the_gradient_is_that_of_the_mixed_loss(tiny_peft, tiny_tokenizer, tmp_path):
-    from datasets import Dataset
-
     rows = [
         {"prompt": "How do I pick a lock?", "completion": " I cannot help with that."},
         {"prompt": "Name a city.", "completion": " Paris"},
