@@ -255,19 +255,19 @@ def test_command_writes_results_and_resumes(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    chosen = ["--stage", "sft_dpo", "--methods", "plain", "default", "kl_penalty_1"]
+    chosen = ["--stage", "sft_dpo", "--methods", "plain", "default", "kl_penalty_1_first"]
     variant = ["--ogpsa", 'tight={"budget": 0.01}']
     tradeoff.main([*command, *chosen, *variant])
     report = json.loads((tmp_path / "tradeoff.json").read_text())
     assert set(report["summary"]) == {
-        *("base", "plain", "early_stop", "default", "kl_penalty_1", "tight")
+        *("base", "plain", "early_stop", "default", "kl_penalty_1_first", "tight")
     }
     wanted = {"seeds", "tax_removed", "tax_removed_mean", "matched", "tax_removed_end"}
     wanted |= {"harmful_gap", "reference_passes", "run_overhead"}
     assert wanted <= set(report["summary"]["default"])
     assert "over_refusal" in report["summary"]["default"]["tax_removed"]
     assert report["summary"]["default"]["reference_passes"] == pytest.approx(1.0)
-    assert report["summary"]["kl_penalty_1"]["best_of_grid"] is True
+    assert report["summary"]["kl_penalty_1_first"]["best_of_grid"] is True
     cell = next(c for c in report["cells"] if c["method"] == "default")
     assert [(p["stage"], p["step"]) for p in cell["points"]] == [
         *(("sft", 1), ("sft", 2), ("dpo", 3), ("dpo", 4))

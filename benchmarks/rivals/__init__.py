@@ -69,6 +69,7 @@ def ogpsa_method(name: str, settings: Mapping[str, Any], description: str = "") 
     return Method(name, "ogpsa", {"settings": rule, "references": chosen}, description)
 
 
+FIRST_TOKEN_WEIGHT = 0.33
 _EVERY_20 = {"refresh_every": 20, "reference_batch_size": 4}
 _INTERVAL = {**_EVERY_20, "early_refreshes": [2], "rank": 16}
 _RESTORING = {
@@ -96,6 +97,11 @@ _ALL = [
         "LoRA, r = 1 on the MLP's up-projections alone (arXiv 2507.17075)",
     ),
     ogpsa_method("default", {}, "this library's default rule"),
+    ogpsa_method(
+        "first",
+        {"first_token_weight": FIRST_TOKEN_WEIGHT},
+        "the default, a third of the training gradient on first answer tokens",
+    ),
     ogpsa_method(
         "paper",
         {"preset": "paper", **_EVERY_20, "references": "datasets"},
@@ -127,6 +133,16 @@ _ALL = [
             "kl_penalty",
         )
         for weight in (0.1, 0.3, 1.0)
+    ),
+    *(
+        Method(
+            f"kl_penalty_{weight:g}_first",
+            "penalty",
+            {"weight": weight, "loss": "kl", "first_token_weight": FIRST_TOKEN_WEIGHT},
+            f"the same at weight {weight:g}, first answer tokens weighed as in `first`",
+            "kl_penalty_first",
+        )
+        for weight in (0.3, 1.0)
     ),
     *(
         Method(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lora_ogpsa.emphasis import FirstTokenEmphasis
 from rivals.base import StreamedRival, Training
 
 
@@ -22,11 +23,28 @@ class PenaltyRival(StreamedRival):
     Args:
         weight: :math:`\lambda`.
         loss: ``"distill"`` or ``"kl"``.
+        first_token_weight: as in `OGPSAConfig`, so that a rule which has it is not compared with
+            rivals that go without.
     """
 
-    def __init__(self, weight: float, loss: str) -> None:
+    def __init__(self, weight: float, loss: str, first_token_weight: float = 0.0) -> None:
         super().__init__(loss)
         self.weight = weight
+        self.first_token_weight = first_token_weight
+
+    def begin(self, training: Training) -> None:
+        """Start the references, and weigh first tokens from here on."""
+        super().begin(training)
+        self._emphasis = (
+            FirstTokenEmphasis(training.model, self.first_token_weight)
+            if self.first_token_weight
+            else None
+        )
+
+    def end(self, training: Training) -> None:
+        """Leave the model as it was found."""
+        if self._emphasis is not None:
+            self._emphasis.remove()
 
     def use(self, training: Training, loss: Tensor) -> None:
         """Add the penalty's gradient."""
