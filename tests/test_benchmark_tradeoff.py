@@ -32,8 +32,14 @@ from tradeoff_summary import run_path, summarise, table
 
 STEPS = 5
 TRAINED = [name for name, method in METHODS.items() if method.kind != "scaled"]
-# In a few steps a random model drifts less than the default rule allows.
-BUILT = {**METHODS, "default": ogpsa_method("default", {"budget": 0.0})}
+# In a few steps a random model drifts less than the default rule's budget allows.
+BUILT = {
+    **METHODS,
+    **{
+        name: ogpsa_method(name, {**METHODS[name].settings["settings"], "budget": 0.0})
+        for name in ("default", "first")
+    },
+}
 
 
 @pytest.fixture(scope="module")
