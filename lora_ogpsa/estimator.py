@@ -228,8 +228,8 @@ class Estimator:
         gram = (self.means @ self.means.T).double()
         inside = (self.means @ fresh).double()
         solution = torch.linalg.pinv(gram, rtol=1e-9, hermitian=True) @ inside
-        energy = fresh.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-        return (inside @ solution) / energy
+        length = torch.linalg.vector_norm(fresh, dtype=torch.float64)
+        return (inside @ solution) / length.square().clamp_min(torch.finfo(torch.float64).tiny)
 
     def _update_basis(self) -> None:
         if self.subspace is None:
