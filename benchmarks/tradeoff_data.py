@@ -111,10 +111,11 @@ class Source:
 
         Args:
             wanted: ``"shared"``, general prompts held to the base model's own answers and harmless
-                look-alikes held to the first token of them; ``"datasets"``, the data sets' own
-                answers as in the paper (with the embedded data, which has none: the base model's,
-                by likelihood); or a list of `Reference` arguments whose ``data`` may be a name in
-                `FILES`.
+                look-alikes held to the first token of them; ``"shared_first"``, the same with half
+                of the weight of a general answer on its first token; ``"datasets"``, the data sets'
+                own answers as in the paper (with the embedded data, which has none: the base
+                model's, by likelihood); or a list of `Reference` arguments whose ``data`` may be a
+                name in `FILES`.
         """
         if not isinstance(wanted, str):
             return [
@@ -122,12 +123,13 @@ class Source:
                 for row in wanted
             ]
         embedded = "embedded:harmless"
-        if wanted == "shared" and self.folder is not None:
+        general = {"first_tokens": 1} if wanted == "shared_first" else {}
+        if wanted != "datasets" and self.folder is not None:
             return [
-                Reference("general", self.path("general"), kind="alpaca", limit=80),
+                Reference("general", self.path("general"), kind="alpaca", limit=80, **general),
                 Reference("lookalike", embedded, kind="lookalike", limit=80, **_FIRST_TOKEN),
             ]
-        if wanted == "datasets" and self.folder is not None:
+        if self.folder is not None:
             return [
                 Reference(
                     kind,
@@ -141,7 +143,7 @@ class Source:
                 for kind in ("alpaca", "gsm8k")
             ]
         whole: Any = {"loss": "distill", "first_tokens": None}
-        each: list[Any] = [{}, _FIRST_TOKEN] if wanted == "shared" else [whole, whole]
+        each: list[Any] = [whole, whole] if wanted == "datasets" else [general, _FIRST_TOKEN]
         return [
             Reference(kind, embedded, kind=kind, limit=80, **settings)
             for kind, settings in zip(("general", "lookalike"), each, strict=True)

@@ -37,7 +37,7 @@ BUILT = {
     **METHODS,
     **{
         name: ogpsa_method(name, {**METHODS[name].settings["settings"], "budget": 0.0})
-        for name in ("default", "first")
+        for name in ("default", "first", "first_general")
     },
 }
 
@@ -376,7 +376,7 @@ def test_no_method_trains_on_what_is_measured() -> None:
     assert not prompts & {chat.as_messages(row)[0][0]["content"] for row in held_out}
     assert all(
         "eval_" not in str(reference.data)
-        for wanted in ("shared", "datasets")
+        for wanted in ("shared", "shared_first", "datasets")
         for folder in (None, Path("somewhere"))
         for reference in Source(folder).references(wanted)
     )

@@ -103,6 +103,11 @@ _ALL = [
         "the default, a third of the training gradient on first answer tokens",
     ),
     ogpsa_method(
+        "first_general",
+        {"first_token_weight": FIRST_TOKEN_WEIGHT, "references": "shared_first"},
+        "the same, and half of the weight of general references on their first token",
+    ),
+    ogpsa_method(
         "paper",
         {"preset": "paper", **_EVERY_20, "references": "datasets"},
         "the published rule, on answers from the data sets as published",
