@@ -118,6 +118,7 @@ class OGPSAConfig:
             answer alone (0 is off). Refusing begins there, and in a mean over an answer that token
             is too little to learn which prompts to refuse (`lora_ogpsa.emphasis`). Needs ``labels``
             in the model's call, with the prompts masked; preference losses are left alone.
+            Default: 0.33 for ``budget``, else 0.
         seed: of the order in which reference examples are drawn.
 
     Raises:
@@ -148,7 +149,7 @@ class OGPSAConfig:
     max_correction: float = 1.0
     restoration: float = 0.0
     restoration_cap: float = 2.0
-    first_token_weight: float = 0.0
+    first_token_weight: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -253,6 +254,8 @@ class OGPSAConfig:
             self._set("decay", 0.8 if streaming else 0.0)
         if self.sketch_size is None:
             self._set("sketch_size", 2 * self.rank if isinstance(self.rank, int) else None)
+        if self.first_token_weight is None:
+            self._set("first_token_weight", 0.33 if self.constraint == "budget" else 0.0)
 
     # ------------------------------------------------------------------ validation
 

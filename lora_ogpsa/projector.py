@@ -157,7 +157,7 @@ class OGPSA:
                 self._watch_forward
             ),
         ]
-        if self.config.first_token_weight > 0:
+        if self.config.first_token_weight:
             self._handles.append(FirstTokenEmphasis(self.model, self.config.first_token_weight))
 
     def detach(self) -> None:

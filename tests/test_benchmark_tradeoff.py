@@ -37,7 +37,7 @@ BUILT = {
     **METHODS,
     **{
         name: ogpsa_method(name, {**METHODS[name].settings["settings"], "budget": 0.0})
-        for name in ("default", "first", "first_general")
+        for name in ("default", "mean_loss", "general_first")
     },
 }
 

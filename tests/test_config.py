@@ -17,6 +17,7 @@ def test_defaults_resolve_to_the_streamed_budget():
         1,
     )
     assert config.sketch_size == 2 * config.rank
+    assert config.first_token_weight == 0.33
 
 
 def test_orthogonal_resolves_to_intervals_per_adapter():
@@ -28,6 +29,7 @@ def test_orthogonal_resolves_to_intervals_per_adapter():
     )
     assert config.references_per_refresh == 16
     assert config.decay == 0.0
+    assert config.first_token_weight == 0.0
 
 
 def test_paper_preset_is_the_published_rule():

@@ -69,7 +69,7 @@ def ogpsa_method(name: str, settings: Mapping[str, Any], description: str = "") 
     return Method(name, "ogpsa", {"settings": rule, "references": chosen}, description)
 
 
-FIRST_TOKEN_WEIGHT = 0.33
+FIRST_TOKEN_WEIGHT = OGPSAConfig().first_token_weight
 _EVERY_20 = {"refresh_every": 20, "reference_batch_size": 4}
 _INTERVAL = {**_EVERY_20, "early_refreshes": [2], "rank": 16}
 _RESTORING = {
@@ -98,14 +98,14 @@ _ALL = [
     ),
     ogpsa_method("default", {}, "this library's default rule"),
     ogpsa_method(
-        "first",
-        {"first_token_weight": FIRST_TOKEN_WEIGHT},
-        "the default, a third of the training gradient on first answer tokens",
+        "mean_loss",
+        {"first_token_weight": 0.0},
+        "the default, without a share of its own for first answer tokens",
     ),
     ogpsa_method(
-        "first_general",
-        {"first_token_weight": FIRST_TOKEN_WEIGHT, "references": "shared_first"},
-        "the same, and half of the weight of general references on their first token",
+        "general_first",
+        {"references": "shared_first"},
+        "the default, half of the weight of general references on their first token",
     ),
     ogpsa_method(
         "paper",
@@ -144,7 +144,7 @@ _ALL = [
             f"kl_penalty_{weight:g}_first",
             "penalty",
             {"weight": weight, "loss": "kl", "first_token_weight": FIRST_TOKEN_WEIGHT},
-            f"the same at weight {weight:g}, first answer tokens weighed as in `first`",
+            f"the same at weight {weight:g}, first answer tokens weighed as in `default`",
             "kl_penalty_first",
         )
         for weight in (0.3, 1.0)
