@@ -181,7 +181,7 @@ def test_trainer_with_and_without_an_idle_constraint_are_identical(tiny_peft, tm
         model = tiny_peft(warm=True, lora_dropout=0.1)
         trainer = Trainer(model, arguments(tmp_path), train_dataset=token_dataset())
         if protected:
-            idle = OGPSAConfig(budget=1e6)
+            idle = OGPSAConfig(budget=1e6, first_token_weight=0)
             OGPSACallback(idle, [Reference("b", token_rows(6), loss="kl")]).attach(trainer)
         trainer.train()
         return model
