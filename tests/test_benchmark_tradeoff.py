@@ -36,7 +36,14 @@ TRAINED = [name for name, method in METHODS.items() if method.kind != "scaled"]
 BUILT = {
     **METHODS,
     **{
-        name: ogpsa_method(name, {**METHODS[name].settings["settings"], "budget": 0.0})
+        name: ogpsa_method(
+            name,
+            {
+                **METHODS[name].settings["settings"],
+                "references": METHODS[name].settings["references"],
+                "budget": 0.0,
+            },
+        )
         for name in ("default", "mean_loss", "general_first")
     },
 }
