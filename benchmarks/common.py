@@ -224,16 +224,19 @@ def settings_and_environment(options: argparse.Namespace) -> dict[str, Any]:
     return {"settings": kept, **environment(torch.device(options.device))}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit: what a number depends on beside the settings."""
+def device_name(device: torch.device) -> str:
+    """What a device is, in a few words."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        name = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        name = f"CPU ({platform.machine()}, {capability}), {torch.get_num_threads()} thread(s)"
+        return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"CPU ({platform.machine()}, {capability}), {torch.get_num_threads()} thread(s)"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions and commit: what a number depends on beside the settings."""
     return {
-        "device": name,
+        "device": device_name(device),
         "cpus": os.cpu_count(),
         "versions": {library: version(library) for library in LIBRARIES},
         "commit": _commit(),
@@ -241,6 +244,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str:
+    """Of this checkout; of a copy without its history, what the environment says."""
+    told = os.environ.get("LORA_OGPSA_COMMIT")
+    if told:
+        return told
+
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent
         command = ["git", "-C", str(folder), *arguments]

@@ -214,13 +214,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "early_refreshes": (),
         },
     )
-    default = projector(loop, objectives["kl"], RULES["default"])
-
+    default, *others = (
+        # What the base model says of an example is kept with it: each rule asks for itself.
+        projector(loop, [Objective(o.reference, o.sequences, model) for o in objectives["kl"]], s)
+        for s in (RULES["default"], *options.variants.values())
+    )
+    variants = dict(zip(options.variants, others, strict=True))
     whole = common.side_by_side(
         {
             "plain": loop.step,
             "projected": lambda: loop.step(projected),
             "default": lambda: loop.step(default),
+            **{name: (lambda o=ogpsa: loop.step(o)) for name, ogpsa in variants.items()},
         },
         options.repeats,
         device,
@@ -257,7 +262,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     refreshes, runs = {"default": refresh_parts(default, options.repeats, device)}, {}
     # Not the median: its references take turns, and their examples are of different lengths.
-    runs["default"] = sum(whole["default"]) / sum(whole["plain"]) - 1
+    for name in ("default", *variants):
+        runs[name] = sum(whole[name]) / sum(whole["plain"]) - 1
     for name, examples in TIMED_EXAMPLES.items():
         examples = min(examples, len(objectives["sft"][0]))
         ogpsa = projector(
@@ -312,13 +318,14 @@ def markdown(folder: Path) -> str:
                 f"{summary['step_overhead']:.1%}",
                 f"{projection['share_of_copy']:.0%}",
                 *(f"{runs[rule]:.0%}" for rule in RULES),
+                ", ".join(f"{name} {runs[name]:.0%}" for name in runs if name not in RULES),
             ]
         )
         refresh = report["seconds"]["refresh"]["default"]
         kinds = ("base forward", "forward", "backward", "rest")
         parts.append([name, *(f"{refresh[k] / refresh['total']:.0%}" for k in kinds)])
     header = ["model, batch", "device", "plain step", "step overhead (k = 16)", "of copy speed"]
-    header += [f"run: {rule}" for rule in RULES]
+    header += [*(f"run: {rule}" for rule in RULES), "of variants"]
     shares = ["model, batch", "base forward", "forward", "backward", "rest"]
     return "\n\n".join(
         [
@@ -334,6 +341,13 @@ def main() -> None:
     common.add_model_options(parser)
     parser.add_argument("--rank", type=int, default=16, help="k of the projected step")
     parser.add_argument("--basis-dtype", default="float32")
+    parser.add_argument(
+        "--variants",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='settings of the default rule to time beside it, by name: \'{"a": {"decay": 0.5}}\'',
+    )
     parser.add_argument("--references", type=int, default=8, help="prompts per reference")
     common.run_model_benchmark("overhead", parser, measure, markdown)
 

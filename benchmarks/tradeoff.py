@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import multiprocessing
 import sys
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=5e-4)
     add("--dpo-learning-rate", type=float, default=1e-4)
     add("--beta", type=float, default=0.1, help="of the preference loss")
+    add(
+        "--schedule",
+        choices=["constant", "linear"],
+        default="constant",
+        help="of the learning rate after its warm-up; linear ends at zero",
+    )
     add("--max-length", type=int, default=256, help="tokens of a training example")
     add(
         "--precision",
@@ -88,6 +95,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--kl-limit", type=int, default=12, help="rows per divergence from the base model")
     add("--choice-limit", type=int, default=60, help="multiple-choice questions; 0 for none")
     add("--new-tokens", type=int, default=24, help="length of judged answers")
+    add("--jobs", type=int, default=1, help="cells at a time, each in a process of its own")
     add("--cells", type=Path, default=Path("outputs/tradeoff"))
     add("--output", type=Path, help="JSON; benchmarks/results/tradeoff_STAGE.json if not given")
     add("--summary-only", action="store_true", help="run nothing, use the finished cells")
@@ -97,9 +105,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def setting_of(options: argparse.Namespace) -> Setting:
     """What all cells share, from the command line."""
     stages = {
-        "sft": StageSettings("sft", options.steps, options.batch, options.learning_rate),
+        "sft": StageSettings(
+            "sft",
+            options.steps,
+            options.batch,
+            options.learning_rate,
+            schedule=options.schedule,
+        ),
         "dpo": StageSettings(
-            "dpo", options.dpo_steps, options.dpo_batch, options.dpo_learning_rate, options.beta
+            "dpo",
+            options.dpo_steps,
+            options.dpo_batch,
+            options.dpo_learning_rate,
+            options.beta,
+            options.schedule,
         ),
     }
     chosen = tuple(stages[name] for name in options.stage.split("_"))
@@ -147,28 +166,54 @@ def methods_of(options: argparse.Namespace) -> dict[str, Method]:
     return chosen
 
 
-def run(cells: Cells, methods: dict[str, Method], seeds: list[int]) -> list[dict[str, str | int]]:
+def run(
+    cells: Cells, methods: dict[str, Method], seeds: list[int], jobs: int = 1
+) -> list[dict[str, str | int]]:
     """Run what is not finished. A cell that fails does not take the others with it.
+
+    Args:
+        cells: the folder and its setting.
+        methods: by name.
+        seeds: of each method.
+        jobs: cells at a time. A small model leaves most of a GPU idle.
 
     Returns:
         The failures.
     """
-    began, failures = time.monotonic(), []
+    began = time.time()
     hf_logging.disable_progress_bar()
-    todo = [(method, seed) for seed in seeds for method in methods.values()]
     cells.run_base(lambda text: _say("base", began, text))
-    for number, (method, seed) in enumerate(todo, start=1):
-        title = f"[{number}/{len(todo)}] {method.name} seed {seed}"
-        try:
-            cells.run(method, seed, lambda text, title=title: _say(title, began, text))
-        except Exception as error:  # whatever a rival's own library raises
-            traceback.print_exc()
-            failures.append({"method": method.name, "seed": seed, "error": repr(error)})
-    return failures
+    todo = [(method, seed) for seed in seeds for method in methods.values()]
+    titled = [
+        (cells, method, seed, f"[{number}/{len(todo)}] {method.name} seed {seed}", began)
+        for number, (method, seed) in enumerate(todo, start=1)
+    ]
+    if jobs == 1:
+        found = [_run_cell(*arguments) for arguments in titled]
+    else:
+        # Not forked: CUDA would not survive it.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(
+            jobs, context, initializer=hf_logging.disable_progress_bar
+        ) as pool:
+            found = list(pool.map(_run_cell, *zip(*titled, strict=True)))
+    return [failure for failure in found if failure is not None]
+
+
+def _run_cell(
+    cells: Cells, method: Method, seed: int, title: str, began: float
+) -> dict[str, str | int] | None:
+    """Run one cell; the failure, if it is one."""
+    try:
+        cells.run(method, seed, lambda text: _say(title, began, text))
+    except Exception as error:  # whatever a rival's own library raises
+        traceback.print_exc()
+        return {"method": method.name, "seed": seed, "error": repr(error)}
+    return None
 
 
 def _say(title: str, began: float, text: str) -> None:
-    minutes = (time.monotonic() - began) / 60
+    minutes = (time.time() - began) / 60
     print(f"{minutes:6.1f} min  {title}: {text}", flush=True)
 
 
@@ -181,14 +226,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     setting, methods = setting_of(options), methods_of(options)
     cells = Cells(options.cells, setting)
-    failures = [] if options.summary_only else run(cells, methods, options.seeds)
+    failures = [] if options.summary_only else run(cells, methods, options.seeds, options.jobs)
     finished = cells.all({**METHODS, **methods})
     if not finished:
         raise SystemExit(f"{options.cells} holds no finished cell of this setting.")
     summary = summarise(finished)
     report: dict[str, Any] = {
         "settings": {"stage": options.stage, "margin": MARGIN, **setting.identity()},
-        "device": platform.processor() or platform.machine(),
+        "devices": sorted({cell["device"] for cell in finished}),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "failures": failures,
         "cells": finished,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from rivals import Method
 from safetensors.torch import load_file, save_file
@@ -114,6 +115,7 @@ class Cells:
             "grid": method.grid,
             "description": method.description,
             "made_of": {"setting": self._shared, "method": method.identity()},
+            "device": common.device_name(_device()),
             **found,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -201,7 +203,7 @@ class Cells:
         torch.manual_seed(seed)
         model = rival.wrap(model, objectives, round(setting.passes * setting.steps))
         points: list[dict[str, Any]] = []
-        seconds, taken = 0.0, 0
+        seconds, token_passes, taken = 0.0, 0, 0
         for stage in setting.stages:
 
             def after_step(step: int, stage: StageSettings = stage, before: int = taken) -> None:
@@ -212,7 +214,7 @@ class Cells:
                 points.append({"stage": stage.name, "step": before + step, **point})
                 report(f"{stage.name} step {step}: {_shown(point['values'])}")
 
-            seconds += run_stage(
+            spent = run_stage(
                 stage,
                 rival,
                 model,
@@ -225,6 +227,8 @@ class Cells:
                 after_step=after_step,
                 report=report,
             )
+            seconds += spent.seconds
+            token_passes += spent.token_passes
             taken += stage.steps
         if method.name == "plain":
             self._keep_adapter(method, seed, model)
@@ -232,6 +236,7 @@ class Cells:
             "points": points,
             "train_seconds": seconds + rival.setup_seconds,
             "extra_seconds": rival.extra_seconds,
+            "token_passes": token_passes,
             "reference_passes": rival.passes / setting.steps,
         }
 
@@ -276,6 +281,10 @@ class Cells:
             "extra_seconds": 0.0,
             "reference_passes": 0.0,
         }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _shown(values: Mapping[str, float]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_ogpsa import chat
+from lora_ogpsa.answers import base_of
 from lora_ogpsa.reference import Objective
 from lora_ogpsa.stages import cpu_computes_bfloat16
 
@@ -27,8 +28,10 @@ class StageSettings:
         name: ``"sft"`` or ``"dpo"``.
         steps: optimizer steps.
         batch: examples (or pairs) per step.
-        learning_rate: after the warm-up; constant.
+        learning_rate: after the warm-up.
         beta: of the preference loss.
+        schedule: of the learning rate after its warm-up, ``"constant"``, or ``"linear"`` to zero
+            at the end, which is the default of Hugging Face's trainers.
     """
 
     name: str
@@ -36,6 +39,12 @@ class StageSettings:
     batch: int
     learning_rate: float
     beta: float = 0.1
+    schedule: str = "constant"
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rate in the step after `step` others."""
+        left = 1.0 if self.schedule == "constant" else (self.steps - step) / self.steps
+        return min(left, (step + 1) / WARM_UP)
 
 
 def batches(rows: Sequence[Any], seed: int, steps: int, size: int) -> list[list[Any]]:
@@ -60,6 +69,36 @@ def fastest_precision() -> str:
     return "bfloat16" if native else "float32"
 
 
+@dataclass
+class Spent:
+    """What a stage cost.
+
+    Attributes:
+        seconds: on the clock.
+        token_passes: tokens that went through the model, padding included, once for a forward and
+            once for a backward. On a small model and a large GPU, where every pass takes the same
+            time whatever is in it, this says more than a clock.
+    """
+
+    seconds: float = 0.0
+    token_passes: int = 0
+
+    @contextmanager
+    def on(self, training: Training) -> Iterator[None]:
+        """Count what happens within the context."""
+        handle = base_of(training.model).get_decoder().register_forward_hook(self._count)
+        began = training.now()
+        try:
+            yield
+        finally:
+            self.seconds += training.now() - began
+            handle.remove()
+
+    def _count(self, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0]
+        self.token_passes += hidden[..., 0].numel() * (2 if hidden.requires_grad else 1)
+
+
 def run_stage(
     stage: StageSettings,
     rival: Rival,
@@ -73,7 +112,7 @@ def run_stage(
     seed: int,
     after_step: Callable[[int], None],
     report: Callable[[str], None],
-) -> float:
+) -> Spent:
     """Train `model` through one stage.
 
     Args:
@@ -90,12 +129,12 @@ def run_stage(
         report: called with lines of progress.
 
     Returns:
-        Seconds spent on training, whatever the method adds included.
+        What was spent on training, whatever the method adds included.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate = stage.learning_rate * rival.learning_rate
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / WARM_UP))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, stage.rate)
     work: list[Any] = batches(rows, seed, stage.steps, stage.batch)
     if stage.name == "dpo":
         work = _with_reference_policy(model, work, pad, precision)
@@ -111,23 +150,22 @@ def run_stage(
         seed=seed,
     )
     model.train()
-    began = training.now()
-    rival.begin(training)
-    seconds = training.now() - began
+    spent = Spent()
+    with spent.on(training):
+        rival.begin(training)
     for step, batch in enumerate(work):
-        began = training.now()
-        loss = rival.backward(training, step, batch)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        seconds += training.now() - began
+        with spent.on(training):
+            loss = rival.backward(training, step, batch)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         if (step + 1) % 5 == 0 or step + 1 == stage.steps:
             shown = " ".join(f"{name} {value:.3g}" for name, value in rival.logs().items())
             report(f"{stage.name} step {step + 1}/{stage.steps} loss {loss:.3f} {shown}".rstrip())
         after_step(step + 1)
     rival.end(training)
-    return seconds
+    return spent
 
 
 # ------------------------------------------------------------------------------------------ losses

@@ -131,7 +131,12 @@ def _compared(
             _mean([reference for _, reference in matched]),
             _mean([metrics for metrics, _ in matched]),
         )
+    compared: dict[str, Any] = {}
+    if all("token_passes" in cell for cell in own):
+        shares = [c["token_passes"] / plain[c["seed"]]["token_passes"] for c in own]
+        compared["compute_overhead"] = sum(shares) / len(shares) - 1
     return {
+        **compared,
         "matched": len(matched) / len(own),
         "tax_removed": removed or dict.fromkeys(taxed(end(base))),
         "tax_removed_mean": mean_of_known(removed.values()),

@@ -309,6 +309,28 @@ def test_command_writes_results_and_resumes(
     assert len(ran) == 2
 
 
+def test_jobs_give_the_cells_of_one_process(command: list[str], tmp_path: Path) -> None:
+    chosen = ["--methods", "plain", "default", "--schedule", "linear"]
+    tradeoff.main([*command, *chosen])
+    alone = json.loads((tmp_path / "tradeoff.json").read_text())
+    for file in (tmp_path / "cells").glob("*.json"):
+        file.unlink()
+    tradeoff.main([*command, *chosen, "--jobs", "2"])
+    together = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert [c["points"] for c in together["cells"]] == [c["points"] for c in alone["cells"]]
+    assert len(together["cells"]) == 3
+    plain, default = (together["summary"][name] for name in ("plain", "default"))
+    assert plain["compute_overhead"] == 0.0
+    assert default["compute_overhead"] > 0.0
+
+
+def test_the_learning_rate_follows_its_schedule() -> None:
+    constant = StageSettings("sft", 20, 8, 1e-3)
+    linear = StageSettings("sft", 20, 8, 1e-3, schedule="linear")
+    assert [constant.rate(step) for step in (0, 4, 19)] == [0.2, 1.0, 1.0]
+    assert [linear.rate(step) for step in (0, 10, 19)] == [0.2, 0.5, pytest.approx(0.05)]
+
+
 def test_plain_adapter_scaled_down_lies_between_base_and_plain(
     command: list[str], tmp_path: Path
 ) -> None:
