@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,12 @@ def measure_buffers(options: argparse.Namespace) -> dict[str, Any]:
     return {"adapter_parameters": size, "settings_by_name": found, "summary": found}
 
 
-def measure_runs(options: argparse.Namespace) -> dict[str, Any]:
-    """Peaks and times of real steps, refreshes included, plain and with each setting."""
+def measure_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Peaks and times of real steps, refreshes included, plain and with each setting.
+
+    Yields:
+        What has been found so far, after each setting.
+    """
     device = torch.device(options.device)
     shape = common.SHAPES[options.shape]
     model = common.with_lora(common.random_nf4_llama(shape, device))
@@ -147,7 +152,14 @@ def measure_runs(options: argparse.Namespace) -> dict[str, Any]:
     loop.step()
     weights = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     plain = peak_bytes(loop.step, device)
-    summary: dict[str, Any] = {"plain": {"extra_peak_bytes": 0, "run_peak_bytes": weights + plain}}
+    times = common.side_by_side({"step": loop.step}, options.repeats, device)
+    summary: dict[str, Any] = {
+        "plain": {
+            "extra_peak_bytes": 0,
+            "run_peak_bytes": weights + plain,
+            "step_seconds": common.typical(times["step"]),
+        }
+    }
     for name, settings in SETTINGS.items():
         common.synchronise(device)
 
@@ -171,9 +183,7 @@ def measure_runs(options: argparse.Namespace) -> dict[str, Any]:
         }
         del ogpsa
         gc.collect()
-    times = common.side_by_side({"step": loop.step}, options.repeats, device)
-    summary["plain"]["step_seconds"] = common.typical(times["step"])
-    return {"summary": summary}
+        yield {"summary": summary}
 
 
 def markdown(folder: Path) -> str:
@@ -213,12 +223,9 @@ def main() -> None:
     device = torch.device(options.device)
     torch.manual_seed(0)
     real = device.type == "cuda" or options.steps
-    report = {
-        **common.settings_and_environment(options),
-        **(measure_runs(options) if real else measure_buffers(options)),
-    }
     name = f"memory_{device.type}_{options.shape}{'_steps' if options.steps else ''}.json"
-    common.write(options.results / name, report)
+    for found in measure_runs(options) if real else [measure_buffers(options)]:
+        common.write(options.results / name, common.settings_and_environment(options) | found)
     print(markdown(options.results))
 
 

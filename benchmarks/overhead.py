@@ -59,11 +59,14 @@ def model_and_references(options: argparse.Namespace) -> tuple[Any, dict[str, li
     else:
         shape = common.SHAPES[options.shape]
         model, tokenizer = common.with_lora(common.random_nf4_llama(shape, device)), None
-        longest = min(64, options.length // 2)
-        rows = common.token_rows(shape["vocab"], options.references, longest // 2, longest)
-        # Look-alikes as long as general prompts, so what comes out is an upper bound.
-        kl = [Reference(name, rows) for name in ("general", "lookalike")]
-        sft = [Reference("general", rows * 2, loss="sft", first_tokens=None)]
+        # As long as the default's own, whose look-alikes answer with one token and come thrice.
+        prompt = min(44, options.length // 2)
+        general, lookalike = (
+            common.token_rows(shape["vocab"], options.references, prompt, answer)
+            for answer in (min(32, options.length // 2), 1)
+        )
+        kl = [Reference("general", general), Reference("lookalike", lookalike, share=3)]
+        sft = [Reference("general", general * 2, loss="sft", first_tokens=None)]
     prepared = {
         loss: [r.prepare(model, tokenizer, cache=cache_dir()) for r in references]
         for loss, references in (("kl", kl), ("sft", sft))

@@ -215,9 +215,9 @@ class AdapterSpace:
         """Views of `flat` [d] in the parameters' shapes, one per parameter."""
         views, at = [], 0
         for block in self.blocks:
-            for shape in block.shapes:
-                views.append(flat[at : at + shape.numel()].view(shape))
-                at += shape.numel()
+            for shape, size in zip(block.shapes, block.sizes, strict=True):
+                views.append(flat.narrow(0, at, size).view(shape))
+                at += size
         return views
 
     def spans(self) -> dict[str, tuple[int, int]]:
@@ -245,11 +245,19 @@ class AdapterSpace:
         """A float32 buffer [*leading, d] on the parameters' device."""
         return torch.zeros(*leading, self.size, device=self.device, dtype=torch.float32)
 
+    @torch.no_grad()
     def read(self, flat: Tensor | None = None) -> Tensor:
         """The parameters as a flat float32 vector [d], written into `flat` if given."""
         flat = self.zeros() if flat is None else flat
-        torch._foreach_copy_(self.views(flat), [whole(p.detach()) for p in self.parameters])
+        torch._foreach_copy_(self.views(flat), self.values())
         return flat
+
+    def values(self) -> list[Tensor]:
+        """The parameters, whole where they are sharded."""
+        # Asking every one of hundreds takes a GPU longer than to copy them.
+        if self.sharded:
+            return [whole(p.detach()) for p in self.parameters]
+        return list(self.parameters)
 
     @torch.no_grad()
     def write(self, flat: Tensor) -> None:
@@ -272,7 +280,9 @@ class AdapterSpace:
     def _local_pairs(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What this process holds of each parameter, and the same piece of `flat`."""
         views = self.views(flat)
-        return [local_pair(p.detach(), v) for p, v in zip(self.parameters, views, strict=True)]
+        if self.sharded:
+            return [local_pair(p.detach(), v) for p, v in zip(self.parameters, views, strict=True)]
+        return list(zip(self.parameters, views, strict=True))
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -19,12 +19,41 @@ BLOCK = 256
 # pass over a basis reads memory once; on a GPU a tile should be worth its kernel launches.
 _TILE_CPU, _TILE_GPU = 1 << 19, 1 << 24
 
+# Elements of a row that are multiplied and summed in one go on a GPU.
+_PIECE = 1 << 12
+
 Tile = tuple[slice, slice]
 
 
 def tile_elements(device: torch.device) -> int:
     """How many elements of rows to read at a time on `device`."""
     return _TILE_GPU if device.type == "cuda" else _TILE_CPU
+
+
+def thin_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left` @ `right`ᵀ of few, long rows, summed in float64.
+
+    On a GPU such a product has a handful of results, each a sum over millions, and would keep as
+    few multiprocessors busy (0.4 % of copying speed on an H200): there the sum is taken in pieces
+    that go beside each other.
+
+    Args:
+        left: [..., m, w].
+        right: [..., n, w].
+
+    Returns:
+        [..., m, n], float64.
+    """
+    if left.device.type == "cuda":
+        return _product_in_pieces(left, right)
+    return (left @ right.mT).double()
+
+
+def _product_in_pieces(left: Tensor, right: Tensor) -> Tensor:
+    even = left.shape[-1] // _PIECE * _PIECE
+    a, b = (x[..., :even].unflatten(-1, (-1, _PIECE)).transpose(-3, -2) for x in (left, right))
+    found = (a @ b.mT).sum(-3, dtype=torch.float64)
+    return found + (left[..., even:] @ right[..., even:].mT)
 
 
 class StoredBasis:

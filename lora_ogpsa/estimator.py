@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ogpsa.adapters import AdapterSpace
+from lora_ogpsa.basis import thin_product
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.errors import ConfigError, ReferenceLossError
 from lora_ogpsa.passes import ReferencePass
@@ -225,7 +226,7 @@ class Estimator:
             return self.subspace.captured_energy(fresh) if all(self.mass) else None
         if not any(self.mass):
             return None
-        gram = (self.means @ self.means.T).double()
+        gram = thin_product(self.means, self.means)
         inside = (self.means @ fresh).double()
         solution = torch.linalg.pinv(gram, rtol=1e-9, hermitian=True) @ inside
         length = torch.linalg.vector_norm(fresh, dtype=torch.float64)

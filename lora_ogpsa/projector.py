@@ -259,7 +259,7 @@ class OGPSA:
 
     def _project_update(self, flat: Tensor) -> None:
         views = self.space.views(flat)
-        now = [whole(p.detach()) for p in self.space.parameters]
+        now = self.space.values()
         if any(p.dtype != torch.float32 for p in now):
             now = [p.float() for p in now]
         torch._foreach_sub_(views, now)

@@ -245,6 +245,11 @@ class Objective:
         """Number of examples."""
         return len(self.sequences) // self.fold
 
+    def tokens(self, indices: Sequence[int]) -> int:
+        """How many tokens the batch of examples `indices` has, padding included."""
+        chosen = [i * self.fold + part for part in range(self.fold) for i in indices]
+        return len(chosen) * max(sum(map(len, self.sequences[i])) for i in chosen)
+
     def losses(self, model: nn.Module, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Loss of each example, and how far each lies above the base model's.
 

@@ -17,7 +17,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from lora_ogpsa.basis import tile_elements
+from lora_ogpsa.basis import thin_product, tile_elements
 from lora_ogpsa.errors import ConfigError
 
 MAX_INEQUALITIES = 8
@@ -192,10 +192,10 @@ def _products(
         part = slice(at, at + wide)
         c, delta = rows[:, part], step[part]
         if inverse_metric is None:
-            gram += c @ c.mT
+            gram += thin_product(c, c)
             squared += delta @ delta
         else:
-            gram += (c * inverse_metric[part]) @ c.mT
+            gram += thin_product(c * inverse_metric[part], c)
             squared += delta @ (delta / inverse_metric[part])
         residual += c @ delta
     return gram, residual, squared

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_ogpsa.adapters import Slab
-from lora_ogpsa.basis import StoredBasis
+from lora_ogpsa.basis import StoredBasis, thin_product
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.rules import solve_equalities
 from lora_ogpsa.sketch import gram_eigh
@@ -116,9 +116,17 @@ class Subspace:
             [d], float32.
         """
         out = torch.zeros_like(flat)
-        for slab, basis in zip(self.slabs, self.stored, strict=True):
-            weights = None if inverse_metric is None else slab.view(inverse_metric)
-            _correct(basis, slab.view(flat), weights, slab.view(out))
+        pieces = list(zip(self.slabs, self.stored, strict=True))
+        weights = [
+            None if inverse_metric is None else slab.view(inverse_metric) for slab in self.slabs
+        ]
+        products = [
+            _products(basis, slab.view(flat), weight)
+            for (slab, basis), weight in zip(pieces, weights, strict=True)
+        ]
+        multipliers = _multipliers(products)
+        for (slab, basis), weight, found in zip(pieces, weights, multipliers, strict=True):
+            _correct(basis, found, weight, slab.view(out))
         return out
 
     @torch.no_grad()
@@ -178,10 +186,9 @@ class Subspace:
             basis.load_state_dict(f"basis.{index}", state)
 
 
-def _correct(basis: StoredBasis, step: Tensor, weights: Tensor | None, out: Tensor) -> None:
-    """Write the correction of `step` [count, w] into `out` [count, w]."""
+def _products(basis: StoredBasis, step: Tensor, weights: Tensor | None) -> Tensor:
+    """UM⁻¹Uᵀ, and below it UΔ, of every piece [count, k + 1, k], float64."""
     rank = basis.shape[1]
-    # Rows of the Gram matrix UM⁻¹Uᵀ, and below them UΔ: one product gives both.
     products = step.new_zeros(len(step), rank + 1, rank, dtype=torch.float64)
     tiles = list(basis.tiles())
     # One buffer for all tiles, the first of which is the largest: it stays in the cache.
@@ -196,9 +203,25 @@ def _correct(basis: StoredBasis, step: Tensor, weights: Tensor | None, out: Tens
         else:
             torch.mul(rows, weights[pieces, columns].unsqueeze(1), out=left[:, :rank])
         left[:, rank].copy_(step[pieces, columns])
-        products[pieces] += left @ rows.mT
-    multipliers = solve_equalities(products[:, :rank], products[:, rank]).float().neg_()
-    for pieces, columns in tiles:
+        products[pieces] += thin_product(left, rows)
+    return products
+
+
+def _multipliers(products: Sequence[Tensor]) -> list[Tensor]:
+    """-(UM⁻¹Uᵀ)⁻¹UΔ [count, k] of every slab, float32; slabs of one rank in one solve."""
+    ranks = sorted({found.shape[-1] for found in products})
+    solved: dict[int, list[Tensor]] = {}
+    for rank in ranks:
+        same = [found for found in products if found.shape[-1] == rank]
+        joined = torch.cat(same)
+        multipliers = solve_equalities(joined[:, :rank], joined[:, rank]).float().neg_()
+        solved[rank] = list(multipliers.split([len(found) for found in same]))
+    return [solved[found.shape[-1]].pop(0) for found in products]
+
+
+def _correct(basis: StoredBasis, multipliers: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """Write M⁻¹Uᵀ times the `multipliers` [count, k] into `out` [count, w]."""
+    for pieces, columns in basis.tiles():
         found = (multipliers[pieces].unsqueeze(1) @ basis.read((pieces, columns))).squeeze(1)
         if weights is not None:
             found *= weights[pieces, columns]

@@ -25,6 +25,17 @@ def reference_correction(rows, step, weights):
     return -w * (u.T @ torch.linalg.solve((u * w) @ u.T, u @ step.double()))
 
 
+@pytest.mark.parametrize("width", [3, 16, 50])
+@pytest.mark.parametrize("leading", [(), (3,)])
+def test_a_thin_product_in_pieces_is_the_product(monkeypatch, width, leading):
+    monkeypatch.setattr(basis, "_PIECE", 8)
+    left, right = torch.randn(*leading, 3, width), torch.randn(*leading, 2, width)
+    found = basis._product_in_pieces(left, right)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, left.double() @ right.double().mT, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(basis.thin_product(left, right), found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK, 3 * BLOCK + 7])
 def test_8bit_blocks_are_within_half_a_step_of_the_rows(width):
     stored = StoredBasis(2, 3, width, dtype=torch.int8)

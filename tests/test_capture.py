@@ -7,7 +7,7 @@ import torch
 from references import token_reference, token_rows
 from torch import nn
 
-from lora_ogpsa import AdapterSpace, Reference
+from lora_ogpsa import AdapterSpace, Reference, passes
 from lora_ogpsa.capture import capture_examples, gradients, quiet
 from lora_ogpsa.errors import CaptureError, ReferenceLossError
 from lora_ogpsa.passes import ReferencePass
@@ -62,7 +62,8 @@ def test_4bit_base(tiny_4bit, loss):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(tiny_peft, reentrant):
+def test_gradient_checkpointing(tiny_peft, monkeypatch, reentrant):
+    monkeypatch.setattr(passes, "_SHORT", 0)
     model = tiny_peft(warm=True).train()
     plain = per_example(model, token_reference(n=N).prepare(model))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -79,7 +80,11 @@ def test_gradient_checkpointing(tiny_peft, reentrant):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_checkpointed_layers_are_really_recomputed(tiny_peft):
+@pytest.mark.parametrize(("short", "forwards"), [(0, 2), (128, 1)])
+def test_checkpointed_layers_are_recomputed_unless_the_example_is_short(
+    tiny_peft, monkeypatch, short, forwards
+):
+    monkeypatch.setattr(passes, "_SHORT", short)
     model = tiny_peft(warm=True).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -91,7 +96,8 @@ def test_checkpointed_layers_are_really_recomputed(tiny_peft):
     objective.losses(model, [0])  # fill the cache of base losses
     calls.clear()
     ReferencePass(model, space, ()).run(objective, [0], space.zeros())
-    assert len(calls) == 2
+    assert len(calls) == forwards
+    assert layer.training
 
 
 def test_bf16_autocast_is_as_exact_as_separate_passes(tiny_peft):
