@@ -53,6 +53,8 @@ def _product_in_pieces(left: Tensor, right: Tensor) -> Tensor:
     even = left.shape[-1] // _PIECE * _PIECE
     a, b = (x[..., :even].unflatten(-1, (-1, _PIECE)).transpose(-3, -2) for x in (left, right))
     found = (a @ b.mT).sum(-3, dtype=torch.float64)
+    if even == left.shape[-1]:
+        return found
     return found + (left[..., even:] @ right[..., even:].mT)
 
 
