@@ -45,6 +45,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", choices=["sft", "dpo", "sft_dpo"], default="sft")
     add("--data", default="embedded", help="folder with the files, or `embedded`")
+    add(
+        "--embedded-share",
+        type=float,
+        default=0.0,
+        help="part of the SFT rows taken from the package beside those of a folder",
+    )
     add("--model", default="embedded", help="folder or hub id, or `embedded`")
     add("--load-in-4bit", action="store_true", help="NF4 base")
     add(
@@ -124,7 +130,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
     chosen = tuple(stages[name] for name in options.stage.split("_"))
     passes = options.reference_passes
     return Setting(
-        source=Source.named(options.data),
+        source=Source.named(options.data, options.embedded_share),
         model=options.model,
         load_in_4bit=options.load_in_4bit,
         stages=chosen,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,24 +41,33 @@ Pair = tuple[Tokens, Tokens]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows come from: a folder with `FILES`, or ``None`` for the data in the package."""
+    """Where the rows come from.
+
+    Attributes:
+        folder: with `FILES`, or ``None`` for the data in the package.
+        embedded_share: of the SFT stage's rows, the part that comes from the package where the
+            rest comes from a folder.
+    """
 
     folder: Path | None
+    embedded_share: float = 0.0
 
     @classmethod
-    def named(cls, name: str) -> Source:
+    def named(cls, name: str, embedded_share: float = 0.0) -> Source:
         """``"embedded"`` or a folder.
 
         Raises:
-            DataError: files are missing.
+            DataError: files are missing, or the share is not one.
         """
+        if not 0 <= embedded_share < 1:
+            raise DataError(f"A share of rows lies in [0, 1). Found {embedded_share}.")
         if name == "embedded":
             return cls(None)
         folder = Path(name)
         missing = [file for file in FILES.values() if not (folder / file).is_file()]
         if missing:
             raise DataError(f"{folder} lacks {', '.join(missing)}.")
-        return cls(folder)
+        return cls(folder, embedded_share)
 
     def identity(self) -> str:
         """A name that changes with the content."""
@@ -66,7 +76,8 @@ class Source:
         digest = hashlib.sha256()
         for file in FILES.values():
             digest.update((self.folder / file).read_bytes())
-        return f"folder-{digest.hexdigest()[:12]}"
+        mixed = f"+{self.embedded_share:g}-embedded" if self.embedded_share else ""
+        return f"folder-{digest.hexdigest()[:12]}{mixed}"
 
     def path(self, name: str) -> str:
         """The file called `name` in `FILES`; other names stand for themselves."""
@@ -78,7 +89,12 @@ class Source:
         """Rows of the SFT stage: held out, and to train on; the same for every seed."""
         source = self.path("sft") if self.folder else "embedded:safety_sft"
         rows = data.load_rows(source, shuffle_seed=_SPLIT_SEED)
-        return rows[:HELD_OUT], rows[HELD_OUT:]
+        held_out, rest = rows[:HELD_OUT], rows[HELD_OUT:]
+        if self.embedded_share:
+            wanted = round(len(rest) * self.embedded_share / (1 - self.embedded_share))
+            added = data.load_rows("embedded:safety_sft")
+            rest = [*rest, *itertools.islice(itertools.cycle(added), wanted)]
+        return held_out, rest
 
     def answered(self, tokenizer: Any, max_length: int) -> list[Tokens]:
         """The SFT stage's examples."""

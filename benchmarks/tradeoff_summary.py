@@ -45,6 +45,8 @@ def summarise(cells: Sequence[Cell], margin: float = MARGIN) -> dict[str, Any]:
     ``tax_removed_end`` compares ends, whatever their safety (``harmful_gap`` tells). Plain
     training is compared at its end; stopping it early is the row ``early_stop``. Where plain
     training did not make the model safer, there is no safety to match and no seed counts.
+    ``run_overhead`` is what a method adds to the seconds of training, ``compute_overhead`` to the
+    tokens that pass through the model.
 
     Args:
         cells: of one setting, the base model's among them.
@@ -189,6 +191,7 @@ def table(summary: Mapping[str, Any]) -> str:
         "mean",
         "mean at end",
         "passes",
+        "more token passes",
         "overhead",
     ]
     rows = []
@@ -204,6 +207,7 @@ def table(summary: Mapping[str, Any]) -> str:
             _share(entry.get("tax_removed_mean")),
             _share(entry.get("tax_removed_end_mean")),
             _number(entry.get("reference_passes"), 2),
+            _share(entry.get("compute_overhead")),
             _share(entry.get("run_overhead")),
         ]
         rows.append(row)
