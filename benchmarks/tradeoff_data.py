@@ -57,11 +57,13 @@ class Source:
         """``"embedded"`` or a folder.
 
         Raises:
-            DataError: files are missing, or the share is not one.
+            DataError: files are missing, the share is not one, or there is nothing to share with.
         """
         if not 0 <= embedded_share < 1:
             raise DataError(f"A share of rows lies in [0, 1). Found {embedded_share}.")
         if name == "embedded":
+            if embedded_share:
+                raise DataError("All of the embedded data is from the package already.")
             return cls(None)
         folder = Path(name)
         missing = [file for file in FILES.values() if not (folder / file).is_file()]

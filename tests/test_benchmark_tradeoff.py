@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_ogpsa import Reference, chat
+from lora_ogpsa import Reference, chat, data
 from lora_ogpsa.answers import base_mode
 from lora_ogpsa.errors import ConfigError, DataError
 
@@ -26,7 +26,7 @@ import tradeoff_stages
 from rivals import METHODS, Method, ogpsa_method
 from rivals.base import ReferenceStream
 from rivals.surgery import agem
-from tradeoff_data import Source
+from tradeoff_data import FILES, HELD_OUT, Source
 from tradeoff_stages import StageSettings, run_stage
 from tradeoff_summary import run_path, summarise, table
 
@@ -381,6 +381,7 @@ def test_a_cell_is_known_by_everything_that_makes_it(tmp_path: Path) -> None:
         ("--precision", "bfloat16"),
         ("--precision", "float32"),
         ("--stage", "dpo"),
+        ("--schedule", "linear"),
     ]
     paths = [path(seed=1), path(method="paper_shared"), *(path(*c) for c in changes)]
     assert len(set(paths)) == len(paths)
@@ -396,6 +397,22 @@ def test_checkpoints_are_spread_evenly_and_end_at_the_end() -> None:
 def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lacks"):
         Source.named(str(tmp_path))
+
+
+def test_embedded_rows_are_mixed_into_those_of_a_folder(tmp_path: Path) -> None:
+    for file in FILES.values():
+        (tmp_path / file).touch()
+    own = [{"prompt": f"Own {i}?", "completion": "No."} for i in range(HELD_OUT + 300)]
+    (tmp_path / FILES["sft"]).write_text("\n".join(json.dumps(row) for row in own))
+    alone, mixed = (Source.named(str(tmp_path), share) for share in (0.0, 0.5))
+    assert alone.identity() != mixed.identity()
+    assert mixed.safety_rows()[0] == alone.safety_rows()[0]
+    prompts = [chat.as_messages(row)[0][0]["content"] for row in mixed.safety_rows()[1]]
+    assert sum(prompt.startswith("Own") for prompt in prompts) == len(prompts) / 2 == 300
+    assert prompts[300] == prompts[300 + len(data.load_rows("embedded:safety_sft"))]
+    for name, share, message in ((str(tmp_path), 1.0, "share"), ("embedded", 0.5, "already")):
+        with pytest.raises(DataError, match=message):
+            Source.named(name, share)
 
 
 def test_no_method_trains_on_what_is_measured() -> None:
