@@ -22,7 +22,6 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +238,11 @@ def main(arguments: list[str] | None = None) -> None:
     summary = summarise(finished)
     report: dict[str, Any] = {
         "settings": {"stage": options.stage, "margin": MARGIN, **setting.identity()},
-        "devices": sorted({cell["device"] for cell in finished}),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        # Cells may come from several machines.
+        "environments": [
+            json.loads(text)
+            for text in sorted({json.dumps(cell["environment"]) for cell in finished})
+        ],
         "failures": failures,
         "cells": finished,
         "summary": summary,

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class Cells:
             "grid": method.grid,
             "description": method.description,
             "made_of": {"setting": self._shared, "method": method.identity()},
-            "device": common.device_name(_device()),
+            "environment": _environment(),
             **found,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -283,8 +284,11 @@ class Cells:
         }
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _environment() -> dict[str, Any]:
+    """What this machine is, and with what it computes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"device": common.device_name(device), "versions": versions}
 
 
 def _shown(values: Mapping[str, float]) -> str:
