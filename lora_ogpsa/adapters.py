@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,13 @@ class AdapterSpace:
             self.offsets[block.name] = at
             at += block.size
         self.parameter_names = tuple(name for block in self.blocks for name in block.parameters)
+        shapes = [shape for block in self.blocks for shape in block.shapes]
+        starts = itertools.accumulate((shape.numel() for shape in shapes), initial=0)
+        #: Shape, strides and start of every parameter in a flat vector.
+        self._places = [
+            (shape, torch.empty(shape, device="meta").stride(), start)
+            for shape, start in zip(shapes, starts, strict=False)
+        ]
         self.parameters: list[nn.Parameter] = []
         self.bind(model)
 
@@ -212,13 +220,12 @@ class AdapterSpace:
         return slabs
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Views of `flat` [d] in the parameters' shapes, one per parameter."""
-        views, at = [], 0
-        for block in self.blocks:
-            for shape, size in zip(block.shapes, block.sizes, strict=True):
-                views.append(flat.narrow(0, at, size).view(shape))
-                at += size
-        return views
+        """Views of a contiguous `flat` [d] in the parameters' shapes, one per parameter."""
+        # One call each: there are hundreds, several times a step, and a GPU waits for them.
+        first = flat.storage_offset()
+        return [
+            flat.as_strided(shape, strides, first + start) for shape, strides, start in self._places
+        ]
 
     def spans(self) -> dict[str, tuple[int, int]]:
         """Where each parameter lies in the flat vector: name -> (start, end)."""

@@ -87,8 +87,9 @@ class InverseMetric:
     def _optimizer_moments(self) -> list[Tensor | None] | None:
         """The optimizer's second moments, one per parameter, or None if it keeps none."""
         found: list[Tensor | None] = []
+        states, sharded = self.optimizer.state, self.space.sharded
         for parameter in self.space.parameters:
-            state = self.optimizer.state.get(parameter)
+            state = states.get(parameter)
             if not state:
                 found.append(None)
                 continue
@@ -99,7 +100,7 @@ class InverseMetric:
                 or not moment.is_floating_point()
             ):
                 return None
-            found.append(whole(moment))
+            found.append(whole(moment) if sharded else moment)
         return found if any(m is not None for m in found) else None
 
     def _update_own(self) -> None:
