@@ -119,7 +119,7 @@ def halfspace_correction(
         c = rows[part].float()
         delta = step[part].unsqueeze(-1)
         weighted = c if inverse_metric is None else c * inverse_metric[part].unsqueeze(-2)
-        gram = weighted @ c.mT
+        gram = thin_product(weighted, c)
         residual = (c @ delta).squeeze(-1)
         lam = solve_inequalities(gram, residual - bound[part])
         out[part] = -(weighted.mT @ lam.float().unsqueeze(-1)).squeeze(-1)
@@ -218,7 +218,7 @@ def restoration_step(
         [w], float32.
     """
     weighted = rows if inverse_metric is None else rows * inverse_metric
-    gram = (weighted @ rows.mT).double()
+    gram = thin_product(weighted, rows)
     gram = gram + ridge * gram.diagonal().mean() * torch.eye(
         len(gram), device=gram.device, dtype=gram.dtype
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_ogpsa.basis import thin_product
 from lora_ogpsa.errors import ConfigError
 
 # Elements of the wide matrix converted to float64 at a time.
@@ -32,7 +33,7 @@ def gram_eigh(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     step = max(1, _CHUNK // max(1, rows.numel() // width))
     for part in rows.split(step, dim=-1):
         wide = part.double() / scale
-        gram += wide @ wide.mT
+        gram += thin_product(wide, wide)
     values, vectors = torch.linalg.eigh(gram)
     return values.flip(-1).clamp_min(0), vectors.flip(-1), scale
 

@@ -279,7 +279,7 @@ def _orthonormalise(rows: Tensor) -> Tensor:
     bring along, the second the rounding of the first. Zero rows stay zero.
     """
     for _ in range(2):
-        gram = (rows @ rows.mT).double()
+        gram = thin_product(rows, rows)
         empty = gram.diagonal(dim1=-2, dim2=-1) <= 0.25
         rows = rows * (~empty).unsqueeze(-1)
         gram = gram.masked_fill(empty.unsqueeze(-1) | empty.unsqueeze(-2), 0.0)
