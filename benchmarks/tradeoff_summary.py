@@ -134,8 +134,9 @@ def _compared(
             _mean([metrics for metrics, _ in matched]),
         )
     compared: dict[str, Any] = {}
-    if all("token_passes" in cell for cell in own):
-        shares = [c["token_passes"] / plain[c["seed"]]["token_passes"] for c in own]
+    counts = [(c.get("token_passes"), plain[c["seed"]].get("token_passes")) for c in own]
+    if all(count and of_plain for count, of_plain in counts):
+        shares = [count / of_plain for count, of_plain in counts]
         compared["compute_overhead"] = sum(shares) / len(shares) - 1
     return {
         **compared,
