@@ -229,12 +229,8 @@ class AdapterSpace:
 
     def spans(self) -> dict[str, tuple[int, int]]:
         """Where each parameter lies in the flat vector: name -> (start, end)."""
-        spans, at = {}, 0
-        for block in self.blocks:
-            for name, size in zip(block.parameters, block.sizes, strict=True):
-                spans[name] = (at, at + size)
-                at += size
-        return spans
+        places = zip(self.parameter_names, self._places, strict=True)
+        return {name: (start, start + shape.numel()) for name, (shape, _, start) in places}
 
     # ------------------------------------------------------------------ reading and writing
 
@@ -261,10 +257,7 @@ class AdapterSpace:
 
     def values(self) -> list[Tensor]:
         """The parameters, whole where they are sharded."""
-        # Asking every one of hundreds takes a GPU longer than to copy them.
-        if self.sharded:
-            return [whole(p.detach()) for p in self.parameters]
-        return list(self.parameters)
+        return [whole(p.detach()) for p in self.parameters]
 
     @torch.no_grad()
     def write(self, flat: Tensor) -> None:
@@ -287,9 +280,7 @@ class AdapterSpace:
     def _local_pairs(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What this process holds of each parameter, and the same piece of `flat`."""
         views = self.views(flat)
-        if self.sharded:
-            return [local_pair(p.detach(), v) for p, v in zip(self.parameters, views, strict=True)]
-        return list(zip(self.parameters, views, strict=True))
+        return [local_pair(p.detach(), v) for p, v in zip(self.parameters, views, strict=True)]
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

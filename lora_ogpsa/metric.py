@@ -87,9 +87,8 @@ class InverseMetric:
     def _optimizer_moments(self) -> list[Tensor | None] | None:
         """The optimizer's second moments, one per parameter, or None if it keeps none."""
         found: list[Tensor | None] = []
-        states, sharded = self.optimizer.state, self.space.sharded
         for parameter in self.space.parameters:
-            state = states.get(parameter)
+            state = self.optimizer.state.get(parameter)
             if not state:
                 found.append(None)
                 continue
@@ -100,7 +99,7 @@ class InverseMetric:
                 or not moment.is_floating_point()
             ):
                 return None
-            found.append(whole(moment) if sharded else moment)
+            found.append(whole(moment))
         return found if any(m is not None for m in found) else None
 
     def _update_own(self) -> None:
