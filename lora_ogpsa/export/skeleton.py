@@ -72,11 +72,11 @@ class AdaptedSkeleton:
         self.transposed = {
             name for name, module in self._model.named_modules() if isinstance(module, Conv1D)
         }
-        named = {id(module): name for name, module in self._model.named_modules()}
+        named = {module: name for name, module in self._model.named_modules()}
         self._wrap(adapters)
         self._wrappers: dict[str, list[nn.Module]] = {}
         for wrapper, base in _wrapped(self._peft):
-            self._wrappers.setdefault(named[id(base)], []).append(wrapper)
+            self._wrappers.setdefault(named[base], []).append(wrapper)
         self.changed = set(self._wrappers)
         self._base = {name: _base_of(w[0]) for name, w in self._wrappers.items()}
         self.supplied = self._load(states, named)
@@ -104,19 +104,21 @@ class AdaptedSkeleton:
                 ) from error
 
     def _load(
-        self, states: list[dict[str, torch.Tensor]], named: dict[int, str]
+        self, states: list[dict[str, torch.Tensor]], named: dict[nn.Module, str]
     ) -> dict[str, torch.Tensor]:
         import torch
         from peft.functional import cast_adapter_dtype, set_peft_model_state_dict
 
         # PEFT moves an adapter to the device of the weights it belongs to. These stand-ins have
-        # the right shape on the CPU, and one element of memory.
-        stand_ins: set[int] = set()
+        # the right shape on the CPU, and one element of memory. They are kept until the end: PEFT
+        # drops those it replaces, and Python would give their id to the tensors that follow.
+        stand_ins: dict[int, torch.Tensor] = {}
         for base in self._base.values():
             for module, key, parameter in _parameters(base):
                 stand_in = torch.empty(1).expand(parameter.shape)
-                module._parameters[key] = torch.nn.Parameter(stand_in, requires_grad=False)
-                stand_ins.add(id(module._parameters[key]))
+                replacement = torch.nn.Parameter(stand_in, requires_grad=False)
+                module._parameters[key] = replacement
+                stand_ins[id(replacement)] = replacement
         for wrappers in self._wrappers.values():
             for wrapper in wrappers:
                 _forget_originals(wrapper)
@@ -145,15 +147,17 @@ class AdaptedSkeleton:
             cast_adapter_dtype(self._peft, adapter_name=name, autocast_adapter_dtype=True)
         return self._supplied(stand_ins, named)
 
-    def _supplied(self, stand_ins: set[int], named: dict[int, str]) -> dict[str, torch.Tensor]:
+    def _supplied(
+        self, stand_ins: dict[int, torch.Tensor], named: dict[nn.Module, str]
+    ) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for module in self._peft.modules():
-            if id(module) not in named:
+            if module not in named:
                 continue
             for key, parameter in module._parameters.items():
                 real = parameter is not None and parameter.device.type != "meta"
                 if real and id(parameter) not in stand_ins:
-                    name = f"{named[id(module)]}.{key}"
+                    name = f"{named[module]}.{key}"
                     for alias in self.tied.get(name, [name]):
                         found[alias] = parameter.data
         return found
