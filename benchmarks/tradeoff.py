@@ -96,6 +96,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoints", type=int, default=4, help="measurements per stage, evenly spaced")
     add("--checkpoint-steps", nargs="+", type=int, help="the steps themselves; the end is added")
     add("--limit", type=int, default=60, help="prompts per refusal measure")
+    add(
+        "--general-limit",
+        type=int,
+        default=0,
+        help="ordinary requests whose refusals are measured too; none if not given",
+    )
     add("--nll-limit", type=int, default=32, help="rows per likelihood measure")
     add("--kl-limit", type=int, default=12, help="rows per divergence from the base model")
     add("--choice-limit", type=int, default=60, help="multiple-choice questions; 0 for none")
@@ -146,6 +152,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
             options.kl_limit,
             options.choice_limit,
             options.new_tokens,
+            options.general_limit,
         ),
     )
 

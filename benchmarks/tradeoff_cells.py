@@ -70,7 +70,7 @@ class Setting:
             "precision": self.precision,
             "reference_passes": self.passes,
             "checkpoints": {name: list(steps) for name, steps in self.checkpoints.items()},
-            "limits": asdict(self.limits),
+            "limits": self.limits.identity(),
         }
 
     @property

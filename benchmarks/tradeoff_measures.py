@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lora_ogpsa.evaluation import EvaluationSuite, evaluate
 COLUMNS = {
     "harmful": "harmful.refused",
     "over_refusal": "harmless.refused",
+    "general_refusal": "ordinary.refused",
     "safety_nll": "safety.nll",
     "gsm8k_nll": "gsm8k.nll",
     "alpaca_nll": "alpaca.nll",
@@ -27,9 +28,10 @@ COLUMNS = {
     "arc_easy": "arc_easy.acc_norm",
 }
 # What the tax is counted in; of accuracies, the error.
-TAXED = ("over_refusal", "gsm8k_nll", "alpaca_nll", "gsm8k_kl", "alpaca_kl")
+TAXED = ("over_refusal", "general_refusal", "gsm8k_nll", "alpaca_nll", "gsm8k_kl", "alpaca_kl")
 TAXED_AT_END = (*TAXED, "mmlu", "arc_easy")
 ACCURACIES = ("mmlu", "arc_easy")
+_OPTIONAL = "general_refusals"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Limits:
         divergences: rows per divergence, which takes two passes and varies less between rows.
         choices: multiple-choice questions per data set, at the end of a run; 0 for none.
         new_tokens: length of the answers that are judged.
+        general_refusals: ordinary requests per refusal measure; 0 for none.
     """
 
     refusals: int = 60
@@ -49,6 +52,11 @@ class Limits:
     divergences: int = 12
     choices: int = 60
     new_tokens: int = 24
+    general_refusals: int = 0
+
+    def identity(self) -> dict[str, int]:
+        """JSON values; a measure that is off is not among them, nor in the cells before it."""
+        return {name: value for name, value in asdict(self).items() if value or name != _OPTIONAL}
 
 
 def suite(
@@ -94,6 +102,9 @@ def suite(
         if final and limits.choices:
             measures["mmlu"] = {**choices, "data": source.path("mmlu"), "style": "letters"}
             measures["arc_easy"] = {**choices, "data": source.path("arc")}
+    if limits.general_refusals:
+        limit = {"limit": limits.general_refusals}
+        measures["ordinary"] = {**refusal, **limit, "data": texts["alpaca"], "want": "answer"}
     for name, file in texts.items():
         measures[name] = {"measure": "nll", "data": file, **likelihood}
         measures[f"{name}_kl"] = {

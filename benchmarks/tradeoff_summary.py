@@ -179,8 +179,8 @@ def table(summary: Mapping[str, Any]) -> str:
 
     The best of each grid is marked with a star.
     """
-    shown = ("harmful", "over_refusal", "safety_nll", "gsm8k_nll", "alpaca_nll", "gsm8k_kl")
-    extra = ("alpaca_kl", "pair_accuracy", "mmlu", "arc_easy")
+    shown = ("harmful", "over_refusal", "general_refusal", "safety_nll", "gsm8k_nll", "alpaca_nll")
+    extra = ("gsm8k_kl", "alpaca_kl", "pair_accuracy", "mmlu", "arc_easy")
     measured = {name for entry in summary.values() for name in entry.get("measures", {})}
     columns = [name for name in (*shown, *extra) if name in measured]
     heads = [

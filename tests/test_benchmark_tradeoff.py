@@ -324,6 +324,23 @@ def test_jobs_give_the_cells_of_one_process(command: list[str], tmp_path: Path) 
     assert default["compute_overhead"] > 0.0
 
 
+def test_refused_ordinary_requests_are_a_tax_where_they_are_measured(
+    command: list[str], tmp_path: Path
+) -> None:
+    chosen = ["--methods", "plain"]
+    tradeoff.main([*command, *chosen])
+    without = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert "general_refusal" not in without["summary"]["plain"]["measures"]
+    # Cells from before the measure are cells without it.
+    assert "general_refusals" not in without["settings"]["limits"]
+    tradeoff.main([*command, *chosen, "--general-limit", "3"])
+    report = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert report["settings"]["limits"]["general_refusals"] == 3
+    assert 0 <= report["summary"]["plain"]["measures"]["general_refusal"] <= 1
+    assert report["cells"][-1]["points"][-1]["intervals"]["general_refusal"][2] == 3
+    assert "general_refusal" in report["summary"]["plain"]["tax_removed_end"]
+
+
 def test_the_learning_rate_follows_its_schedule() -> None:
     constant = StageSettings("sft", 20, 8, 1e-3)
     linear = StageSettings("sft", 20, 8, 1e-3, schedule="linear")
