@@ -202,6 +202,7 @@ class Cells:
         }
         # Here and not earlier: the adapter's beginning is the same for every method of a seed.
         torch.manual_seed(seed)
+        rival.see(rows[setting.stages[0].name])
         model = rival.wrap(model, objectives, round(setting.passes * setting.steps))
         points: list[dict[str, Any]] = []
         seconds, token_passes, taken = 0.0, 0, 0

@@ -130,7 +130,9 @@ class Source:
         Args:
             wanted: ``"shared"``, general prompts held to the base model's own answers and harmless
                 look-alikes held to the first token of them; ``"shared_first"``, the same with half
-                of the weight of a general answer on its first token; ``"datasets"``, the data sets'
+                of the weight of a general answer on its first token; ``"both_forms"``, the shared
+                ones and general prompts held to the first token as look-alikes are, since they are
+                commands and look-alikes questions; ``"datasets"``, the data sets'
                 own answers as in the paper (with the embedded data, which has none: the base
                 model's, by likelihood); or a list of `Reference` arguments whose ``data`` may be a
                 name in `FILES`.
@@ -141,6 +143,18 @@ class Source:
                 for row in wanted
             ]
         embedded = "embedded:harmless"
+        if wanted == "both_forms":
+            in_folder = self.folder is not None
+            ordinary: dict[str, Any] = {
+                "data": self.path("general") if in_folder else embedded,
+                "kind": "alpaca" if in_folder else "general",
+                "limit": 80,
+            }
+            return [
+                Reference("general", **ordinary),
+                Reference("general_first", **ordinary, **_FIRST_TOKEN),
+                Reference("lookalike", embedded, kind="lookalike", limit=80, **_FIRST_TOKEN),
+            ]
         general = {"first_tokens": 1} if wanted == "shared_first" else {}
         if wanted != "datasets" and self.folder is not None:
             return [

@@ -20,6 +20,7 @@ from lora_ogpsa.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import separability
 import tradeoff
 import tradeoff_cells
 import tradeoff_stages
@@ -76,6 +77,7 @@ def trained(
         rival = BUILT[name].build()
         model = tiny_model()
         torch.manual_seed(0)
+        rival.see(rows[stage])
         model = rival.wrap(model, objectives, round(passes * STEPS))
         run_stage(
             StageSettings(stage, STEPS, 2, 0.1),
@@ -113,7 +115,7 @@ def test_every_method_trains_and_not_as_plain_does(
         pytest.importorskip("attr")
     after = parameters(trained(name, stage)[0])
     assert after.isfinite().all()
-    if name != "corda":  # whose beginning needs references
+    if name not in ("corda", "contrast"):  # whose beginning needs references
         torch.manual_seed(0)
         before = parameters(METHODS[name].build().wrap(tiny_model(), [], 0))
         assert not torch.equal(after, before)
@@ -131,7 +133,8 @@ def test_the_budget_of_reference_passes_is_the_same_for_all(
         pytest.importorskip("attr")
     _, rival = trained(name)
     # An interval schedule takes the same whole number of examples at each of two refreshes.
-    assert abs(rival.passes - STEPS) <= 1
+    # The contrast takes as many again before training, forward alone.
+    assert abs(rival.passes - (2 * STEPS if name == "contrast" else STEPS)) <= 1
     assert rival.extra_seconds > 0
 
 
@@ -163,6 +166,47 @@ def test_corda_is_measured_against_the_original_base(
             torch.testing.assert_close(twin(ids).logits, tiny_model()(ids).logits)
         with base_mode(model):
             assert not torch.allclose(model(ids).logits, tiny_model()(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_contrast_reads_what_sets_safety_prompts_apart(
+    stage: str,
+    tiny_model: Callable[..., Any],
+    rows: dict[str, list[Any]],
+    objectives: list[Any],
+    trained: Callable[..., Any],
+) -> None:
+    base = tiny_model()
+    ids = torch.arange(1, 9)[None]
+    expected = base(ids).logits
+    rival = METHODS["contrast"].build()
+    rival.see(rows[stage])
+    model = rival.wrap(base, objectives, 12)
+    torch.testing.assert_close(model(ids).logits, expected)  # B is zero
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    # The second of two layers, and what reads the residual stream in it.
+    assert {name.split("layers.")[1] for name in layers} == {
+        *(f"1.self_attn.{q}_proj" for q in "qkv"),
+        *("1.mlp.gate_proj", "1.mlp.up_proj"),
+    }
+    prompts = [row[0][0] if stage == "dpo" else row[0] for row in rows[stage]]
+    for layer in layers.values():
+        seen: list[torch.Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, a, kept=seen: kept.append(a[0][0, -1]))
+        for prompt in [*prompts, *(o.sequences[i][0] for o in objectives for i in range(6))]:
+            model(torch.tensor([prompt]))
+        handle.remove()
+        safety, references = torch.stack(seen).split([len(prompts), 12])
+        contrast, offset = layer.lora_A["default"].weight.detach()
+        for row, wanted in (
+            (contrast, separability.direction(safety, references, 1.0)),
+            (offset, references.mean(0)),
+        ):
+            cosine = torch.nn.functional.cosine_similarity(row.double(), wanted.double(), dim=0)
+            assert cosine.item() == pytest.approx(1, abs=1e-5)
+    after, _ = trained("contrast", stage)
+    factors = {name: p for name, p in after.named_parameters() if "lora_" in name}
+    assert all(p.requires_grad == ("lora_B" in name) for name, p in factors.items())
 
 
 def test_osf_begins_at_the_base_model(tiny_model: Callable[..., Any]) -> None:

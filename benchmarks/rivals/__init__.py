@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_ogpsa import OGPSAConfig
 from rivals.base import Rival
+from rivals.contrast import ContrastRival
 from rivals.ewc import EwcRival
 from rivals.keepers import CordaRival, MicaRival, OsfRival
 from rivals.ogpsa import OgpsaRival
@@ -29,6 +30,7 @@ KINDS: dict[str, Callable[..., Rival]] = {
     "corda": CordaRival,
     "osf": OsfRival,
     "mica": MicaRival,
+    "contrast": ContrastRival,
 }
 
 
@@ -57,7 +59,7 @@ class Method:
     def identity(self) -> dict[str, Any]:
         """What tells its results from another's; an OGPSA rule by its resolved settings."""
         settings = dict(self.settings)
-        if self.kind == "ogpsa":
+        if self.kind in ("ogpsa", "contrast"):
             settings["settings"] = OGPSAConfig.from_dict(settings.get("settings", {})).to_dict()
         return {"kind": self.kind, **settings}
 
@@ -179,6 +181,12 @@ _ALL = [
         )
         for rule, title in (("agem", "A-GEM"), ("pcgrad", "PCGrad"))
         for loss, what in (("distill", "their answers' NLL"), ("kl", "KL from the base model"))
+    ),
+    Method(
+        "contrast",
+        "contrast",
+        {"references": "both_forms"},
+        "the default rule; A fixed along what tells safety prompts from references",
     ),
     Method("corda", "corda", {}, "CorDA initialisation, knowledge-preserved mode"),
     Method("osf", "osf", {"trained": 16}, "OSF, 16 smallest singular directions trained", "osf"),

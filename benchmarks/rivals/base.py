@@ -91,6 +91,9 @@ class Rival:
         self.extra_seconds = 0.0
         self.setup_seconds = 0.0
 
+    def see(self, rows: Sequence[Any]) -> None:
+        """Look at the first stage's rows, before the adapter is put on."""
+
     def wrap(self, model: nn.Module, objectives: Sequence[Objective], budget: int) -> nn.Module:
         """Put the adapter on the base model.
 

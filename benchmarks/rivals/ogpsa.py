@@ -16,7 +16,7 @@ class OgpsaRival(Rival):
 
     Args:
         settings: of `OGPSAConfig`.
-        references: ``"shared"``, ``"datasets"``, or a list of `Reference` arguments.
+        references: a name of `Source.references`, or a list of `Reference` arguments.
     """
 
     def __init__(
