@@ -2,10 +2,10 @@
 
     python benchmarks/separability.py --data FOLDER
 
-It says what there is to refuse by, and so what the methods of the trade-off benchmark leave unused; it
-is no bound, being one direction of one layer. Per layer, one direction is taken from
-the hidden states of a few prompts of the safety training data and as many of the references, at
-the last token before the answer: the first generalised eigenvector of their second moments, the
+It says what there is to refuse by, and so what the methods of the trade-off benchmark leave
+unused; it is no bound, being one direction of one layer. Per layer, one direction is taken from the
+hidden states of a few prompts of the safety training data and as many of the references, at the
+last token before the answer: the first generalised eigenvector of their second moments, the
 direction along which safety prompts differ most from what references do. No gradient is taken. Then
 the prompts to measure on are put in the order of their coordinate along it.
 

@@ -95,6 +95,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--checkpoints", type=int, default=4, help="measurements per stage, evenly spaced")
     add("--checkpoint-steps", nargs="+", type=int, help="the steps themselves; the end is added")
+    add(
+        "--strengths",
+        nargs="+",
+        type=float,
+        default=[],
+        help="factors on the trained adapter; methods are then compared where these make them "
+        "as safe as plain training, not along the run",
+    )
     add("--limit", type=int, default=60, help="prompts per refusal measure")
     add(
         "--general-limit",
@@ -154,6 +162,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
             options.new_tokens,
             options.general_limit,
         ),
+        strengths=tuple(sorted(set(options.strengths) - {1.0})),
     )
 
 

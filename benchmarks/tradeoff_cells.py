@@ -13,8 +13,8 @@ from typing import Any
 
 import common
 import torch
+from peft.tuners.lora import LoraLayer
 from rivals import Method
-from safetensors.torch import load_file, save_file
 from tradeoff_data import Source
 from tradeoff_measures import Limits, measure, suite
 from tradeoff_stages import StageSettings, run_stage
@@ -23,7 +23,6 @@ from lora_ogpsa import OGPSAConfig
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.models import load_model
 
-SCALES = (0.5, 0.7, 0.85)
 BASE = Method("base", "plain", {}, "the model as it was")
 
 
@@ -47,6 +46,7 @@ class Setting:
         passes: reference examples per step.
         checkpoints: steps of each stage after which the run is measured, by stage.
         limits: how much is measured.
+        strengths: factors on the trained adapter at which it is measured besides.
     """
 
     source: Source
@@ -58,10 +58,11 @@ class Setting:
     passes: float
     checkpoints: Mapping[str, tuple[int, ...]]
     limits: Limits = field(default_factory=Limits)
+    strengths: tuple[float, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """JSON values that change with anything that changes a result."""
-        return {
+        found = {
             "data": self.source.identity(),
             "model": Path(self.model).name,
             "load_in_4bit": self.load_in_4bit,
@@ -72,6 +73,8 @@ class Setting:
             "checkpoints": {name: list(steps) for name, steps in self.checkpoints.items()},
             "limits": self.limits.identity(),
         }
+        # Cells from before there were any are cells without.
+        return {**found, "strengths": list(self.strengths)} if self.strengths else found
 
     @property
     def name(self) -> str:
@@ -161,8 +164,6 @@ class Cells:
         if finished is not None:
             report("finished already")
             return finished
-        if method.kind == "scaled":
-            return self.save(method, seed, self._scaled(method, seed, report))
         return self.save(method, seed, self._trained(method, seed, report))
 
     def run_base(self, report: Callable[[str], None]) -> dict[str, Any]:
@@ -232,57 +233,33 @@ class Cells:
             seconds += spent.seconds
             token_passes += spent.token_passes
             taken += stage.steps
-        if method.name == "plain":
-            self._keep_adapter(method, seed, model)
+        measured = rival.measured(model)
+        strengths = [
+            self._at_strength(measured, tokenizer, strength, report)
+            for strength in self.setting.strengths
+            if any(isinstance(module, LoraLayer) for module in measured.modules())
+        ]
         return {
             "points": points,
+            "strengths": strengths,
             "train_seconds": seconds + rival.setup_seconds,
             "extra_seconds": rival.extra_seconds,
             "token_passes": token_passes,
             "reference_passes": rival.passes / setting.steps,
         }
 
-    # ------------------------------------------------------------------ plain's adapter, scaled
-
-    def _adapter_path(self, method: Method, seed: int) -> Path:
-        return self.path(method, seed).with_suffix(".safetensors")
-
-    def _keep_adapter(self, method: Method, seed: int, model: Any) -> None:
-        tensors = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, self._adapter_path(method, seed))
-
-    def _scaled(self, method: Method, seed: int, report: Callable[[str], None]) -> dict[str, Any]:
-        """Plain training's adapter, measured at a few scales; its own is the last of them."""
-        plain = Method("plain", "plain")
-        trained = self.run(plain, seed, report)
-        path = self._adapter_path(plain, seed)
-        if not path.exists():
-            raise ConfigError(
-                f"The adapter of `plain`, seed {seed}, is not beside its cell. Delete the cell "
-                f"{self.path(plain, seed).name} to train it again."
-            )
-        rival = plain.build()
-        model, tokenizer = self._load()
-        model = rival.wrap(model, [], 0)
-        model.load_state_dict(load_file(path), strict=False)
-        points = []
-        for scale in SCALES:
-            layers = [m for m in model.modules() if hasattr(m, "scale_layer")]
-            for layer in layers:
-                layer.scale_layer(scale)
-            point = self._measure(model, tokenizer, base=False, final=False)
-            for layer in layers:
-                layer.unscale_layer()
-            points.append({"stage": "scaled", "step": scale, **point})
-            report(f"scale {scale}: {_shown(point['values'])}")
-        points.append({**trained["points"][-1], "stage": "scaled", "step": 1.0})
-        return {
-            "points": points,
-            "train_seconds": trained["train_seconds"],
-            "extra_seconds": 0.0,
-            "reference_passes": 0.0,
-        }
+    def _at_strength(
+        self, model: Any, tokenizer: Any, strength: float, report: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Measure with the adapter's update multiplied by `strength`."""
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            layer.scale_layer(strength)
+        point = self._measure(model, tokenizer, base=False, final=False)
+        for layer in layers:
+            layer.unscale_layer()
+        report(f"strength {strength}: {_shown(point['values'])}")
+        return {"strength": strength, **point}
 
 
 def _environment() -> dict[str, Any]:

@@ -57,6 +57,8 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
 def paths(cells: Sequence[Cell]) -> dict[str, list[Coordinates]]:
     """Per method: (harmful refused, harmless refused, utility tax) along it, means over seeds.
 
+    Along the strengths of its adapter where they were measured, else along its training.
+
     The utility tax is the mean over measures other than over-refusal of the share of plain
     training's tax at its end; ``None`` if plain training paid none.
     """
@@ -73,13 +75,22 @@ def paths(cells: Sequence[Cell]) -> dict[str, list[Coordinates]]:
                     None if base is None else end(base),
                     end(plain[cell["seed"]]) if cell["seed"] in plain else None,
                 )
-                for point in cell["points"]
+                for point in _line(cell)
             ]
             for cell in own
         ]
         length = min(map(len, runs))
         found[method] = start + [_average([run[i] for run in runs]) for i in range(length)]
     return found
+
+
+def _line(cell: Cell) -> Sequence[Mapping[str, Any]]:
+    """The trained adapter at growing strengths where they were measured, else the run."""
+    if not cell.get("strengths"):
+        return cell["points"]
+    return sorted(
+        [*cell["strengths"], {"strength": 1.0, **cell["points"][-1]}], key=lambda p: p["strength"]
+    )
 
 
 def _coordinates(

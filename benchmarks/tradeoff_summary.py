@@ -11,7 +11,6 @@ from tradeoff_measures import TAXED, TAXED_AT_END, taxed
 from lora_ogpsa.evaluation.tax import Point, matched_point, mean_of_known, taxes_removed
 
 MARGIN = 0.02  # matched safety: within two points of plain training's harmful refusals
-EARLY_STOP = "early_stop"
 
 Cell = Mapping[str, Any]
 Values = Mapping[str, float]
@@ -31,6 +30,18 @@ def run_path(cell: Cell, base: Cell) -> list[Point]:
     return [Point(p["step"], p["values"]["harmful"], taxed(p["values"])) for p in chosen]
 
 
+def strength_path(cell: Cell, base: Cell) -> list[Point]:
+    """The trained adapter at growing strengths, from the base model (0) on; empty if not measured.
+
+    A `Point`'s step is the strength.
+    """
+    if not cell.get("strengths"):
+        return []
+    found = {0.0: base["points"][0]["values"], 1.0: end(cell)}
+    found |= {point["strength"]: point["values"] for point in cell["strengths"]}
+    return [Point(s, values["harmful"], taxed(values)) for s, values in sorted(found.items())]
+
+
 def end(cell: Cell) -> Values:
     """What was measured at the end of a run."""
     return cell["points"][-1]["values"]
@@ -41,10 +52,12 @@ def summarise(cells: Sequence[Cell], margin: float = MARGIN) -> dict[str, Any]:
 
     ``tax_removed`` compares each run where it first becomes as safe as plain training's end less
     `margin`, interpolated between its checkpoints, with plain training's end; values are averaged
-    over the seeds that get there (``matched`` is their share) before the tax is taken.
+    over the seeds that get there (``matched`` is their share) before the tax is taken. Where the
+    trained adapter was measured at several strengths, these are what it is followed along instead.
     ``tax_removed_end`` compares ends, whatever their safety (``harmful_gap`` tells). Plain
-    training is compared at its end; stopping it early is the row ``early_stop``. Where plain
-    training did not make the model safer, there is no safety to match and no seed counts.
+    training is compared at its end; stopping it early is the row ``early_stop``, scaling its
+    adapter down ``scaled_adapter``. Where plain training did not make the model safer, there is no
+    safety to match and no seed counts.
     ``run_overhead`` is what a method adds to the seconds of training, ``compute_overhead`` to the
     tokens that pass through the model.
 
@@ -59,22 +72,35 @@ def summarise(cells: Sequence[Cell], margin: float = MARGIN) -> dict[str, Any]:
         own = [cell for cell in cells if cell["method"] == method]
         entry = _facts(own)
         if base is not None and method != "base":
-            entry |= _compared(own, plain, base, margin, at_end=method == "plain")
+            entry |= _compared(own, plain, base, margin, "end" if method == "plain" else "best")
         summary[method] = entry
         if method == "plain" and base is not None:
-            stopped = _compared(own, plain, base, margin, at_end=False)
-            # Its end is where it was stopped.
-            for name in ("tax_removed_end", "tax_removed_end_mean", "harmful_gap"):
-                stopped.pop(name, None)
-            summary[EARLY_STOP] = {
-                "description": "plain, stopped where it is safe enough",
-                "seeds": entry["seeds"],
-                **stopped,
-                "reference_passes": 0.0,
-                "run_overhead": 0.0,
-            }
+            summary |= _cheapest(own, plain, base, margin)
     _name_best(summary)
     return summary
+
+
+def _cheapest(
+    own: Sequence[Cell], plain: Mapping[int, Cell], base: Cell, margin: float
+) -> dict[str, Any]:
+    """The rivals that plain training is to itself: stopped early, and its adapter scaled down."""
+    rows = {"early_stop": ("steps", "plain, stopped where it is safe enough")}
+    if any(strength_path(cell, base) for cell in own):
+        rows["scaled_adapter"] = ("strengths", "plain's adapter, scaled to where it is safe enough")
+    found = {}
+    for name, (path, description) in rows.items():
+        compared = _compared(own, plain, base, margin, path)
+        # Its end is where it is compared.
+        for key in ("tax_removed_end", "tax_removed_end_mean", "harmful_gap"):
+            compared.pop(key, None)
+        found[name] = {
+            "description": description,
+            "seeds": [cell["seed"] for cell in own],
+            **compared,
+            "reference_passes": 0.0,
+            "run_overhead": 0.0,
+        }
+    return found
 
 
 def _facts(own: Sequence[Cell]) -> dict[str, Any]:
@@ -94,25 +120,30 @@ def _facts(own: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _compared(
-    own: Sequence[Cell], plain: Mapping[int, Cell], base: Cell, margin: float, *, at_end: bool
+    own: Sequence[Cell], plain: Mapping[int, Cell], base: Cell, margin: float, path: str
 ) -> dict[str, Any]:
-    """The comparison with plain training of the same seeds; empty if there are none."""
+    """The comparison with plain training of the same seeds; empty if there are none.
+
+    `path` is ``"end"``, ``"steps"``, ``"strengths"`` or ``"best"``: strengths if measured, else
+    steps.
+    """
     own = [cell for cell in own if cell["seed"] in plain]
     if not own:
         return {}
     by_seed, matched = [], []
     for cell in own:
         reference = end(plain[cell["seed"]])
-        points = run_path(cell, base)
+        steps, strengths = run_path(cell, base), strength_path(cell, base)
+        followed = strengths if path == "strengths" or (path == "best" and strengths) else steps
         target = reference["harmful"] - margin
-        found = points[-1] if at_end else matched_point(points, target)
+        found = steps[-1] if path == "end" else matched_point(followed, target)
         if target <= end(base)["harmful"]:
             found = None
         row: dict[str, Any] = {"seed": cell["seed"], "matched": found is not None}
         if found is not None:
             removed = taxes_removed(taxed(end(base)), taxed(reference), found.metrics)
             row |= {
-                "step": found.step,
+                "step" if followed is steps else "strength": found.step,
                 "harmful": found.safety,
                 "metrics": dict(found.metrics),
                 "tax_removed": removed,

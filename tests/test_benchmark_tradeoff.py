@@ -32,7 +32,7 @@ from tradeoff_stages import StageSettings, run_stage
 from tradeoff_summary import run_path, summarise, table
 
 STEPS = 5
-TRAINED = [name for name, method in METHODS.items() if method.kind != "scaled"]
+TRAINED = list(METHODS)
 # In a few steps a random model drifts less than the default rule's budget allows.
 BUILT = {
     **METHODS,
@@ -392,17 +392,27 @@ def test_the_learning_rate_follows_its_schedule() -> None:
     assert [linear.rate(step) for step in (0, 10, 19)] == [0.2, 0.5, pytest.approx(0.05)]
 
 
-def test_plain_adapter_scaled_down_lies_between_base_and_plain(
-    command: list[str], tmp_path: Path
-) -> None:
-    tradeoff.main([*command, "--methods", "scaled_adapter"])
-    cells = json.loads((tmp_path / "tradeoff.json").read_text())["cells"]
-    found = {cell["method"]: cell for cell in cells}
-    points = found["scaled_adapter"]["points"]
-    assert [point["step"] for point in points] == [0.5, 0.7, 0.85, 1.0]
-    drift = [point["values"]["alpaca_kl"] for point in points]
-    assert 0 < drift[0] < drift[-1]
-    assert points[-1]["values"] == found["plain"]["points"][-1]["values"]
+def test_adapters_are_measured_at_their_strengths(command: list[str], tmp_path: Path) -> None:
+    methods = ["--methods", "plain", "default", "osf"]
+    tradeoff.main([*command, *methods, "--strengths", "0.5", "1", "2"])
+    report = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert report["settings"]["strengths"] == [0.5, 2.0]
+    cells = {cell["method"]: cell for cell in report["cells"]}
+    assert cells["osf"]["strengths"] == []  # it has no adapter to scale
+    for name in ("plain", "default"):
+        half, twice = cells[name]["strengths"]
+        whole = cells[name]["points"][-1]["values"]
+        assert (half["strength"], twice["strength"]) == (0.5, 2.0)
+        drift = [values["alpaca_kl"] for values in (half["values"], whole, twice["values"])]
+        assert 0 < drift[0] < drift[1] < drift[2]
+    assert "scaled_adapter" in report["summary"]
+    # Without them nothing changes, and cells from before there were any still count.
+    tradeoff.main([*command, *methods])
+    report = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert "strengths" not in report["settings"]
+    assert "scaled_adapter" not in report["summary"]
+    other = {cell["method"]: cell["points"] for cell in report["cells"]}
+    assert other == {name: cell["points"] for name, cell in cells.items()}
 
 
 def test_a_cell_that_fails_does_not_take_the_others_with_it(
@@ -443,6 +453,7 @@ def test_a_cell_is_known_by_everything_that_makes_it(tmp_path: Path) -> None:
         ("--precision", "float32"),
         ("--stage", "dpo"),
         ("--schedule", "linear"),
+        ("--strengths", "2"),
     ]
     paths = [path(seed=1), path(method="paper_shared"), *(path(*c) for c in changes)]
     assert len(set(paths)) == len(paths)
@@ -551,6 +562,39 @@ def test_tax_removed_at_matched_safety_by_hand() -> None:
     assert weak["tax_removed"] == pytest.approx({"over_refusal": 0.9, "gsm8k_nll": 1.0})
     assert weak["harmful_gap"] == pytest.approx((-0.4 - 0.02) / 2)
     assert table(summary).count("\n") == 1 + len(summary)
+
+
+def test_where_strengths_are_measured_safety_is_matched_along_them() -> None:
+    def at(strength: float, harmful: float, refused: float, nll: float) -> dict[str, Any]:
+        values = {"harmful": harmful, "over_refusal": refused, "gsm8k_nll": nll}
+        return {"strength": strength, "values": values}
+
+    cells = [
+        cell("base", 0, (0, 0.0, 0.0, 1.0)),
+        cell(
+            *("plain", 0, (30, 0.99, 0.7, 1.3), (60, 1.0, 0.8, 1.5)),
+            strengths=[at(0.5, 0.9, 0.6, 1.1), at(2.0, 1.0, 1.0, 2.0)],
+        ),
+        # As safe at 1 + 0.5 * 0.08 / 0.1 of what it learned.
+        cell(
+            *("default", 0, (30, 0.98, 0.7, 1.1), (60, 0.9, 0.1, 1.1)),
+            strengths=[at(1.5, 1.0, 0.2, 1.2), at(0.5, 0.3, 0.0, 1.0)],
+        ),
+        cell("osf", 0, (30, 0.98, 0.4, 1.1), (60, 0.9, 0.1, 1.1), strengths=[]),
+    ]
+    summary = summarise(cells)
+    (ours,) = summary["default"]["by_seed"]
+    assert ours["strength"] == pytest.approx(1.4)
+    assert "step" not in ours
+    assert ours["metrics"] == pytest.approx({"over_refusal": 0.18, "gsm8k_nll": 1.18})
+    assert summary["default"]["measures"]["harmful"] == 0.9
+    (scaled,) = summary["scaled_adapter"]["by_seed"]
+    assert scaled["strength"] == pytest.approx(0.5 + 0.5 * 0.08 / 0.1)
+    (stopped,) = summary["early_stop"]["by_seed"]
+    assert stopped["step"] == pytest.approx(30 * 0.98 / 0.99)
+    assert summary["plain"]["tax_removed"] == pytest.approx({"over_refusal": 0, "gsm8k_nll": 0})
+    # Where there is no adapter to scale, along the run.
+    assert summary["osf"]["by_seed"][0]["step"] == 30
 
 
 def test_a_method_that_never_gets_there_has_no_tax_removed() -> None:

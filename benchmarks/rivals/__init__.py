@@ -1,8 +1,8 @@
 """The methods that the trade-off benchmark compares, by name.
 
 All train the same model on the same batches with the same optimizer; all that use references get
-the same examples and the same number of passes through them. `early_stop` is no method here: it is
-read off plain training's own checkpoints.
+the same examples and the same number of passes through them. `early_stop` and `scaled_adapter` are
+no methods here: they are read off plain training's own checkpoints and strengths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from rivals.surgery import SurgeryRival
 
 KINDS: dict[str, Callable[..., Rival]] = {
     "plain": Rival,
-    "scaled": Rival,
     "ogpsa": OgpsaRival,
     "penalty": PenaltyRival,
     "surgery": SurgeryRival,
@@ -85,7 +84,6 @@ _RESTORING = {
 
 _ALL = [
     Method("plain", "plain", {}, "LoRA, r = 16 on all linear layers"),
-    Method("scaled_adapter", "scaled", {}, "plain's adapter, scaled down afterwards"),
     Method(
         "low_lr_0.3", "plain", {"learning_rate": 0.3}, "plain at 0.3 of the learning rate", "low_lr"
     ),
