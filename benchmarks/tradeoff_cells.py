@@ -22,6 +22,7 @@ from tradeoff_stages import StageSettings, run_stage
 from lora_ogpsa import OGPSAConfig
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.models import load_model
+from lora_ogpsa.strength import at_strength
 
 BASE = Method("base", "plain", {}, "the model as it was")
 
@@ -252,12 +253,8 @@ class Cells:
         self, model: Any, tokenizer: Any, strength: float, report: Callable[[str], None]
     ) -> dict[str, Any]:
         """Measure with the adapter's update multiplied by `strength`."""
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        for layer in layers:
-            layer.scale_layer(strength)
-        point = self._measure(model, tokenizer, base=False, final=False)
-        for layer in layers:
-            layer.unscale_layer()
+        with at_strength(model, strength):
+            point = self._measure(model, tokenizer, base=False, final=False)
         report(f"strength {strength}: {_shown(point['values'])}")
         return {"strength": strength, **point}
 

@@ -192,13 +192,26 @@ def evaluate(
         bool | None,
         typer.Option(help="Load the base in 4 bits; for an adapter of ours, as in its training."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the results as JSON.")] = None,
+    weights: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--weight",
+            help="How much of the adapter's change is applied, as in `merge`; repeatable, a column "
+            "each.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Also write the results as JSON; of several weights, the last."),
+    ] = None,
 ) -> None:
     """Measure safety, over-refusal, utility and divergence; an adapter beside its base.
 
     For example:
 
         lora-ogpsa evaluate outputs/quickstart/adapter
+
+        lora-ogpsa evaluate outputs/quickstart/adapter --weight 1 --weight 1.5 --weight 2
 
         lora-ogpsa evaluate outputs/quickstart/merged --limit 40 --output merged.json
     """
@@ -209,7 +222,9 @@ def evaluate(
     from lora_ogpsa.measure import measure_model
     from lora_ogpsa.results import results_table
 
-    columns = measure_model(model, recipe=recipe, limit=limit, load_in_4bit=load_in_4bit)
+    columns = measure_model(
+        model, recipe=recipe, limit=limit, load_in_4bit=load_in_4bit, weights=weights or ()
+    )
     out.print(results_table(columns))
     if output is not None:
         list(columns.values())[-1].save(output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
 from lora_ogpsa.models import load_model
 from lora_ogpsa.recipe import Recipe, load_recipe
 from lora_ogpsa.stages import cpu_computes_bfloat16, with_adapter
+from lora_ogpsa.strength import at_strength
 
 
 def measure_model(
@@ -24,6 +26,7 @@ def measure_model(
     recipe: Path | None = None,
     limit: int | None = None,
     load_in_4bit: bool | None = None,
+    weights: Sequence[float] = (),
 ) -> dict[str, EvaluationResult]:
     """Evaluate a model, or an adapter beside its base.
 
@@ -32,6 +35,7 @@ def measure_model(
         recipe: whose ``evaluation:`` section says what is measured.
         limit: most prompts per measure.
         load_in_4bit: whether the base is loaded in 4 bits; ``None``: as the adapter was trained.
+        weights: how much of the adapter's change is applied, a column each; as it is if none.
 
     Returns:
         Results by heading.
@@ -45,6 +49,8 @@ def measure_model(
         suite = replace(suite, limit=limit)
     adapter = Path(name)
     if not (adapter / "adapter_config.json").is_file():
+        if weights:
+            raise ModelError(f"{name} is no adapter folder: there is nothing to apply at a weight.")
         model, tokenizer = load_model(name, load_in_4bit=bool(load_in_4bit))
         return {name: evaluate_model(model, tokenizer, suite, base=True)}
     base, quantisation = _training_of(adapter)
@@ -58,10 +64,18 @@ def measure_model(
         bnb_4bit_use_double_quant=chosen.double_quant,
     )
     model = with_adapter(model, adapter, trainable=False)
-    return {
-        "base": evaluate_model(model, tokenizer, suite, base=True),
-        adapter.name: evaluate_model(model, tokenizer, suite),
-    }
+    columns = {}
+    # Beforehand, so that a wrong weight is known before hours of evaluation.
+    for weight in weights:
+        with at_strength(model, weight):
+            pass
+    columns["base"] = evaluate_model(model, tokenizer, suite, base=True)
+    for weight in weights:
+        with at_strength(model, weight):
+            columns[f"{adapter.name} x {weight:g}"] = evaluate_model(model, tokenizer, suite)
+    if not weights:
+        columns[adapter.name] = evaluate_model(model, tokenizer, suite)
+    return columns
 
 
 def recipe_suite(recipe: Recipe) -> EvaluationSuite | None:

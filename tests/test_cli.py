@@ -235,10 +235,26 @@ def test_evaluate_puts_an_adapter_beside_its_base(trained: Path, tmp_path: Path)
     assert json.loads(output.read_text())["measures"]["harmful.refused"]["n"] == 2
 
 
+def test_evaluate_an_adapter_at_several_weights(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "measured.json"
+    weights = ("--weight", "1", "--weight", "4")
+    arguments = ("evaluate", str(trained / "adapter"), "--limit", "2", "--output", str(output))
+    done = _invoke(*arguments, *weights)
+    assert done.exit_code == 0, done.stderr
+    assert "adapter x 1" in done.stdout and "adapter x 4" in done.stdout
+    larger = json.loads(output.read_text())["measures"]["divergence.kl"]["value"]
+    _invoke(*arguments)
+    assert larger > json.loads(output.read_text())["measures"]["divergence.kl"]["value"]
+    wrong = _invoke(*arguments, "--weight", "-1")
+    assert wrong.exit_code == 2 and "positive number" in wrong.stderr
+
+
 def test_evaluate_a_plain_model_and_a_missing_one(tiny_folder: Path, tmp_path: Path) -> None:
     done = _invoke("evaluate", str(tiny_folder), "--limit", "1")
     assert done.exit_code == 0, done.stderr
     assert "harmful refused" in done.stdout and "KL" not in done.stdout
+    no_adapter = _invoke("evaluate", str(tiny_folder), "--weight", "2")
+    assert no_adapter.exit_code == 2 and "no adapter folder" in no_adapter.stderr
     missing = _invoke("evaluate", str(tmp_path / "none"))
     assert missing.exit_code == 2 and missing.stderr.startswith("error: model folder not found")
 
