@@ -40,6 +40,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "rows": "means",
             "decay": 0.0,
             "early_refreshes": (),
+            "penalty": 0.0,
             "restoration": 0.0,
             "first_token_weight": 0.0,
         },
@@ -111,6 +112,10 @@ class OGPSAConfig:
         recovery: :math:`\rho`, the share of an overdrawn budget recovered per step.
         max_correction: :math:`c`; a correction that steers back an overdrawn budget is at most
             this many times as long as the step.
+        penalty: :math:`\lambda`, how many times the reference losses' mean gradient (by their
+            shares, as of the last refresh) is added to the training gradient (0 is off). The
+            optimizer's momentum then works against drift too, and the constraint has less to
+            correct. It costs no reference pass. Update space, and not for ``orthogonal``.
         restoration: strength in [0, 1] of a step back to the base model's reference losses at
             each refresh (0 is off). The budget constraint has its own (``recovery``).
         restoration_cap: the restoration step is at most this many typical optimizer steps long.
@@ -147,6 +152,7 @@ class OGPSAConfig:
     budget: float = 0.2
     recovery: float = 1.0
     max_correction: float = 1.0
+    penalty: float = 0.0
     restoration: float = 0.0
     restoration_cap: float = 2.0
     first_token_weight: float | None = None
@@ -282,6 +288,7 @@ class OGPSAConfig:
             "budget": (0.0, float("inf"), "[)"),
             "recovery": (0.0, 1.0, "(]"),
             "max_correction": (0.0, float("inf"), "(]"),
+            "penalty": (0.0, float("inf"), "[)"),
             "restoration": (0.0, 1.0, "[]"),
             "restoration_cap": (0.0, float("inf"), "(]"),
             "first_token_weight": (0.0, 1.0, "[]"),
@@ -354,6 +361,12 @@ class OGPSAConfig:
             problems.append(
                 "`restoration` acts at an interval refresh, on freshly measured losses; use "
                 "`refresh='interval'`, or `constraint='budget'` when streaming."
+            )
+        if self.penalty > 0 and (self.space == "gradient" or self.constraint == "orthogonal"):
+            problems.append(
+                "`penalty` adds mean reference gradients to those of training, which "
+                "`space='gradient'` and `constraint='orthogonal'` take out again; use it with "
+                "`constraint='budget'` or `'halfspace'` in update space."
             )
         if self.space == "gradient" and self.restoration > 0:
             problems.append(

@@ -264,7 +264,7 @@ def shown_settings(config: OGPSAConfig) -> dict[str, Any]:
     idle = {
         "budget": (*of_bases, "restoration"),
         "halfspace": (*of_bases, "budget", "recovery"),
-        "orthogonal": ("budget", "recovery", "max_correction"),
+        "orthogonal": ("budget", "recovery", "max_correction", "penalty"),
     }[config.constraint]
     skipped = {*idle, "preset" if config.preset is None else ""}
     if config.restoration == 0:

@@ -201,6 +201,8 @@ class OGPSA:
         if not self._nested and not self._refreshes_after and self.is_refresh_due():
             self.refresh()
         self._armed = True
+        if self.config.penalty and not self._nested:
+            self._penalise(optimizer)
         if self.config.space == "gradient":
             self._project_gradients()
         else:
@@ -239,6 +241,20 @@ class OGPSA:
         except BaseException:
             self.space.write(before)
             raise
+
+    def _penalise(self, optimizer: Any) -> None:
+        """Add the reference losses' mean gradient to the training gradient."""
+        shares = torch.tensor([o.reference.share for o in self.estimator.objectives])
+        weights = self.config.penalty * shares / shares.sum()
+        flat = weights.to(self.space.device) @ self.estimator.means
+        # Under a GradScaler a fused optimizer divides by the scale itself.
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            flat *= scale
+        for view, parameter in zip(self.space.views(flat), self.space.parameters, strict=True):
+            if parameter.grad is not None:
+                target, value = local_pair(parameter.grad, view)
+                target.add_(value)
 
     def _project_gradients(self) -> None:
         flat = self.space.zeros()

@@ -80,6 +80,7 @@ def test_unknown_key_suggests_the_nearest():
         ({"budget": float("nan")}, "budget"),
         ({"recovery": 0.0}, "recovery"),
         ({"restoration": 2.0}, "restoration"),
+        ({"penalty": -1.0}, "penalty"),
         ({"early_refreshes": (-1,)}, "early_refreshes"),
         ({"basis_dtype": "int4"}, "basis_dtype"),
         ({"constraint": "orthogonal", "offload": "yes"}, "offload"),
@@ -98,6 +99,8 @@ def test_out_of_range_is_refused_by_name(values, named):
         ({"constraint": "budget", "space": "gradient"}, "space='update'"),
         ({"constraint": "budget", "granularity": "adapter"}, "granularity='global'"),
         ({"constraint": "budget", "restoration": 0.5}, "restoration"),
+        ({"constraint": "orthogonal", "penalty": 1.0}, "`penalty` adds"),
+        ({"constraint": "halfspace", "space": "gradient", "penalty": 1.0}, "update space"),
         (
             {"constraint": "orthogonal", "space": "gradient", "metric": "optimizer"},
             "metric='euclidean'",

@@ -172,6 +172,74 @@ def test_budget_holds_a_reference_that_plain_training_forgets(tiny_peft):
     assert kept < 0.004
 
 
+def gradients(ogpsa):
+    """The training gradients as one vector."""
+    flat = ogpsa.space.zeros()
+    for view, parameter in zip(ogpsa.space.views(flat), ogpsa.space.parameters, strict=True):
+        view.copy_(parameter.grad)
+    return flat
+
+
+def test_penalty_is_the_mean_reference_gradients_by_their_shares(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.5)
+    config = OGPSAConfig(penalty=3.0, budget=1e6)  # which corrects nothing
+    references = [token_reference("a", n=12, share=3.0), token_reference("b", n=12, seed=7)]
+    acted = []
+    with OGPSA(model, optimizer, references, config) as ogpsa:
+        for step in range(6):
+            training_step(model, step)
+            trained, before = gradients(ogpsa), ogpsa.space.read()
+            a, b = ogpsa.estimator.means.clone()
+            optimizer.step()
+            expected = -0.5 * (trained + 3.0 * (0.75 * a + 0.25 * b))
+            torch.testing.assert_close(ogpsa.space.read() - before, expected, atol=2e-6, rtol=1e-4)
+            acted.append(float((0.75 * a + 0.25 * b).norm()))
+            optimizer.zero_grad()
+    assert acted[0] == 0.0  # nothing is known of the references before the first step
+    assert min(acted[1:]) > 0
+
+
+def test_penalty_is_in_the_scale_of_the_gradients(tiny_peft):
+    def train(scaler):
+        model = tiny_peft(warm=True)
+        optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3, fused=True)
+        with OGPSA(model, optimizer, two_references(), OGPSAConfig(penalty=2.0)) as ogpsa:
+            for step in range(4):
+                generator = torch.Generator().manual_seed(step)
+                ids = torch.randint(3, 128, (4, 16), generator=generator)
+                loss = model(input_ids=ids, labels=ids).loss
+                if scaler is None:
+                    loss.backward()
+                    optimizer.step()
+                else:
+                    scaler.scale(loss).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                optimizer.zero_grad()
+            return ogpsa.space.read()
+
+    alone = train(None)
+    scaled = train(torch.amp.GradScaler("cpu", init_scale=4096.0))
+    torch.testing.assert_close(scaled, alone, atol=1e-6, rtol=1e-4)
+
+
+def test_penalty_keeps_a_reference_nearer(tiny_peft):
+    def divergence(penalty):
+        model = tiny_peft(warm=False)
+        optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-2)
+        objective = token_reference("a", n=6, loss="kl").prepare(model)
+        config = OGPSAConfig(budget=1e6, references_per_refresh=6, penalty=penalty)
+        with OGPSA(model, optimizer, [objective], config):
+            for _step in range(30):
+                training_step(model, 0)
+                optimizer.step()
+                optimizer.zero_grad()
+        return float(objective.losses(model, range(6))[1].mean())
+
+    assert divergence(10.0) < 0.5 * divergence(0.0)
+
+
 def test_restoration_lowers_the_excess_it_measured(tiny_peft):
     model = tiny_peft(warm=False)
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=5e-3)
