@@ -46,7 +46,9 @@ def at_strength(model: Any, strength: float) -> Iterator[None]:
             "The adapter is merged into the weights; call `unmerge_adapter()` first."
         )
     # Of these the factor would scale something else than the change that merging scales.
-    if any(layer.lora_variant for layer in layers) or any(
+    kinds = {type(variant).__name__ for layer in layers for variant in layer.lora_variant.values()}
+    # MiCA is one only in how BA begins.
+    if any(not kind.startswith("MiCA") for kind in kinds) or any(
         isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()
     ):
         raise AdapterError(

@@ -14,7 +14,9 @@ from lora_ogpsa.strength import at_strength
 IDS = torch.arange(1, 13).view(2, 6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"r": 2, "lora_alpha": 7}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"r": 2, "lora_alpha": 7}, {"init_lora_weights": "mica"}]
+)
 @pytest.mark.parametrize("strength", [0.5, 1.0, 1.75])
 def test_the_change_of_every_weight_is_multiplied(
     strength: float, settings: dict[str, Any], tiny_peft: Callable[..., Any]
