@@ -64,10 +64,15 @@ class Method:
 
 
 def ogpsa_method(name: str, settings: Mapping[str, Any], description: str = "") -> Method:
-    """A rule by its `OGPSAConfig` settings; `references` among them says on which references."""
-    rule = {key: value for key, value in settings.items() if key != "references"}
-    chosen = settings.get("references", "shared")
-    return Method(name, "ogpsa", {"settings": rule, "references": chosen}, description)
+    """A rule by its `OGPSAConfig` settings.
+
+    `references` among them says on which references, `adapter` with which arguments of `Rival`.
+    """
+    rule = {k: v for k, v in settings.items() if k not in ("references", "adapter")}
+    made_of = {"settings": rule, "references": settings.get("references", "shared")}
+    if "adapter" in settings:
+        made_of["adapter"] = settings["adapter"]
+    return Method(name, "ogpsa", made_of, description)
 
 
 FIRST_TOKEN_WEIGHT = OGPSAConfig().first_token_weight

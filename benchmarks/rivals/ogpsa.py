@@ -17,14 +17,16 @@ class OgpsaRival(Rival):
     Args:
         settings: of `OGPSAConfig`.
         references: a name of `Source.references`, or a list of `Reference` arguments.
+        adapter: arguments of `Rival`; its own adapter if not given.
     """
 
     def __init__(
         self,
         settings: Mapping[str, Any] | None = None,
         references: str | Sequence[Mapping[str, Any]] = "shared",
+        adapter: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(**(adapter or {}))
         self.settings = dict(settings or {})
         self.references = references  # type: ignore[assignment]
 
