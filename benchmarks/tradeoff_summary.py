@@ -11,6 +11,7 @@ from tradeoff_measures import TAXED, TAXED_AT_END, taxed
 from lora_ogpsa.evaluation.tax import Point, matched_point, mean_of_known, taxes_removed
 
 MARGIN = 0.02  # matched safety: within two points of plain training's harmful refusals
+NEAR = 0.10  # the same with a wider margin, which more runs meet and chance decides less
 
 Cell = Mapping[str, Any]
 Values = Mapping[str, float]
@@ -54,10 +55,10 @@ def summarise(cells: Sequence[Cell], margin: float = MARGIN) -> dict[str, Any]:
     `margin`, interpolated between its checkpoints, with plain training's end; values are averaged
     over the seeds that get there (``matched`` is their share) before the tax is taken. Where the
     trained adapter was measured at several strengths, these are what it is followed along instead.
-    ``tax_removed_end`` compares ends, whatever their safety (``harmful_gap`` tells). Plain
-    training is compared at its end; stopping it early is the row ``early_stop``, scaling its
-    adapter down ``scaled_adapter``. Where plain training did not make the model safer, there is no
-    safety to match and no seed counts.
+    ``near`` is the same at a margin of `NEAR`. ``tax_removed_end`` compares ends, whatever their
+    safety (``harmful_gap`` tells). Plain training is compared at its end; stopping it early is the
+    row ``early_stop``, scaling its adapter down ``scaled_adapter``. Where plain training did not
+    make the model safer, there is no safety to match and no seed counts.
     ``run_overhead`` is what a method adds to the seconds of training, ``compute_overhead`` to the
     tokens that pass through the model.
 
@@ -73,6 +74,9 @@ def summarise(cells: Sequence[Cell], margin: float = MARGIN) -> dict[str, Any]:
         entry = _facts(own)
         if base is not None and method != "base":
             entry |= _compared(own, plain, base, margin, "end" if method == "plain" else "best")
+            near = _compared(own, plain, base, NEAR, "end" if method == "plain" else "best")
+            compared = ("matched", "tax_removed", "tax_removed_mean")
+            entry["near"] = {"margin": NEAR, **{k: near[k] for k in compared if k in near}}
         summary[method] = entry
         if method == "plain" and base is not None:
             summary |= _cheapest(own, plain, base, margin)

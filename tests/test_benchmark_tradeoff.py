@@ -561,6 +561,10 @@ def test_tax_removed_at_matched_safety_by_hand() -> None:
     assert weak["matched"] == 0.5
     assert weak["tax_removed"] == pytest.approx({"over_refusal": 0.9, "gsm8k_nll": 1.0})
     assert weak["harmful_gap"] == pytest.approx((-0.4 - 0.02) / 2)
+    # Within ten points: at 30 + 30 * 0.4 / 0.48 the one seed has the same taxes.
+    assert weak["near"]["margin"] == 0.1
+    assert weak["near"]["tax_removed"] == pytest.approx({"over_refusal": 0.9, "gsm8k_nll": 1.0})
+    assert ours["near"]["tax_removed"]["over_refusal"] > ours["tax_removed"]["over_refusal"]
     assert table(summary).count("\n") == 1 + len(summary)
 
 
