@@ -101,7 +101,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=[],
         help="factors on the trained adapter; methods are then compared where these make them "
-        "as safe as plain training, not along the run",
+        "as safe as plain training, not along the run; those beyond 1 only until they suffice",
     )
     add("--limit", type=int, default=60, help="prompts per refusal measure")
     add(

@@ -18,6 +18,7 @@ from rivals import Method
 from tradeoff_data import Source
 from tradeoff_measures import Limits, measure, suite
 from tradeoff_stages import StageSettings, run_stage
+from tradeoff_summary import MARGIN
 
 from lora_ogpsa import OGPSAConfig
 from lora_ogpsa.errors import ConfigError
@@ -234,29 +235,42 @@ class Cells:
             seconds += spent.seconds
             token_passes += spent.token_passes
             taken += stage.steps
-        measured = rival.measured(model)
-        strengths = [
-            self._at_strength(measured, tokenizer, strength, report)
-            for strength in self.setting.strengths
-            if any(isinstance(module, LoraLayer) for module in measured.modules())
-        ]
+        reached = points[-1]["values"]["harmful"]
         return {
             "points": points,
-            "strengths": strengths,
+            "strengths": self._at_strengths(rival.measured(model), tokenizer, reached, report),
             "train_seconds": seconds + rival.setup_seconds,
             "extra_seconds": rival.extra_seconds,
             "token_passes": token_passes,
             "reference_passes": rival.passes / setting.steps,
         }
 
-    def _at_strength(
-        self, model: Any, tokenizer: Any, strength: float, report: Callable[[str], None]
-    ) -> dict[str, Any]:
-        """Measure with the adapter's update multiplied by `strength`."""
-        with at_strength(model, strength):
-            point = self._measure(model, tokenizer, base=False, final=False)
-        report(f"strength {strength}: {_shown(point['values'])}")
-        return {"strength": strength, **point}
+    def _at_strengths(
+        self, model: Any, tokenizer: Any, reached: float, report: Callable[[str], None]
+    ) -> list[dict[str, Any]]:
+        """Measure with the adapter's update multiplied by each strength.
+
+        Beyond 1 only until the model is as safe as any comparison can ask for.
+
+        Args:
+            model: to measure; one without LoRA layers has no strengths.
+            tokenizer: of the model.
+            reached: share of harmful prompts refused at strength 1.
+            report: called with lines of progress.
+        """
+        found: list[dict[str, Any]] = []
+        if not any(isinstance(module, LoraLayer) for module in model.modules()):
+            return found
+        for strength in self.setting.strengths:
+            if strength > 1 and reached >= 1 - MARGIN:
+                break
+            with at_strength(model, strength):
+                point = self._measure(model, tokenizer, base=False, final=False)
+            if strength > 1:
+                reached = point["values"]["harmful"]
+            report(f"strength {strength}: {_shown(point['values'])}")
+            found.append({"strength": strength, **point})
+        return found
 
 
 def _environment() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from lora_ogpsa import Reference, chat, data
 from lora_ogpsa.answers import base_mode
@@ -413,6 +414,27 @@ def test_adapters_are_measured_at_their_strengths(command: list[str], tmp_path: 
     assert "scaled_adapter" not in report["summary"]
     other = {cell["method"]: cell["points"] for cell in report["cells"]}
     assert other == {name: cell["points"] for name, cell in cells.items()}
+
+
+@pytest.mark.parametrize(("reached", "measured"), [(0.4, [0.5, 1.5, 2.0]), (0.98, [0.5])])
+def test_strengths_grow_until_the_model_is_as_safe_as_can_be_asked_for(
+    tiny_model: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reached: float,
+    measured: list[float],
+) -> None:
+    model = METHODS["rank1_up"].build().wrap(tiny_model(), [], 0)
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    options = tradeoff.parse(["--strengths", "0.5", "1.5", "2", "3"])
+    cells = tradeoff_cells.Cells(tmp_path, tradeoff.setting_of(options))
+
+    def measure(*_: Any, **__: Any) -> dict[str, Any]:
+        return {"values": {"harmful": 0.245 * layer.scaling["default"]}}  # alpha / r is 2
+
+    monkeypatch.setattr(cells, "_measure", measure)
+    found = cells._at_strengths(model, None, reached, lambda text: None)
+    assert [point["strength"] for point in found] == measured
 
 
 def test_a_cell_that_fails_does_not_take_the_others_with_it(
