@@ -116,7 +116,7 @@ def test_every_method_trains_and_not_as_plain_does(
         pytest.importorskip("attr")
     after = parameters(trained(name, stage)[0])
     assert after.isfinite().all()
-    if name not in ("corda", "contrast"):  # whose beginning needs references
+    if name not in ("corda", "contrast", "aimed", "aimed_slow"):  # whose beginning needs references
         torch.manual_seed(0)
         before = parameters(METHODS[name].build().wrap(tiny_model(), [], 0))
         assert not torch.equal(after, before)
@@ -126,7 +126,7 @@ def test_every_method_trains_and_not_as_plain_does(
 
 @pytest.mark.parametrize("name", [n for n in TRAINED if METHODS[n].build().references])
 def test_the_budget_of_reference_passes_is_the_same_for_all(
-    name: str, trained: Callable[..., Any]
+    name: str, trained: Callable[..., Any], objectives: list[Any]
 ) -> None:
     if name.startswith("pcgrad"):
         pytest.importorskip("torchjd")
@@ -134,8 +134,10 @@ def test_the_budget_of_reference_passes_is_the_same_for_all(
         pytest.importorskip("attr")
     _, rival = trained(name)
     # An interval schedule takes the same whole number of examples at each of two refreshes.
-    # The contrast takes as many again before training, forward alone.
-    assert abs(rival.passes - (2 * STEPS if name == "contrast" else STEPS)) <= 1
+    # These take some before training, forward alone: the contrast as many again, `aimed` all.
+    all_of_them = sum(len(objective) for objective in objectives)
+    before = {"contrast": STEPS, "aimed": all_of_them, "aimed_slow": all_of_them}
+    assert abs(rival.passes - before.get(name, 0) - STEPS) <= 1
     assert rival.extra_seconds > 0
 
 
@@ -208,6 +210,55 @@ def test_contrast_reads_what_sets_safety_prompts_apart(
     after, _ = trained("contrast", stage)
     factors = {name: p for name, p in after.named_parameters() if "lora_" in name}
     assert all(p.requires_grad == ("lora_B" in name) for name, p in factors.items())
+
+
+def test_aimed_begins_blind_to_references(
+    tiny_model: Callable[..., Any], rows: dict[str, list[Any]], objectives: list[Any]
+) -> None:
+    ids = torch.arange(1, 9)[None]
+    found = {}
+    for name in ("aimed", "aimed_slow"):
+        rival = METHODS[name].build()
+        rival.see(rows["sft"])
+        model = rival.wrap(tiny_model(), objectives, 12)
+        torch.testing.assert_close(model(ids).logits, tiny_model()(ids).logits)  # B is zero
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        assert all(where.endswith("mlp.up_proj") for where in layers)
+        layer = list(layers.values())[-1]
+        weight = layer.lora_A["default"].weight
+        assert weight.requires_grad == (name == "aimed_slow")
+        found[name] = layer.scaling["default"] * weight.detach()
+    # However slowly A learns, the same B changes the model alike.
+    torch.testing.assert_close(found["aimed"], found["aimed_slow"])
+
+    def read(sequences: list[list[int]], last: bool) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        handle = layer.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0][0, -1:] if last else args[0][0])
+        )
+        for sequence in sequences:
+            model(torch.tensor([sequence]))
+        handle.remove()
+        return torch.cat(seen).detach().double()
+
+    general, lookalikes = (objective.sequences for objective in objectives)
+    safety = read([prompt for prompt, _ in rows["sft"]], last=True)
+    parts = [
+        read([prompt for prompt, _ in lookalikes], last=True),
+        read([prompt for prompt, _ in general], last=True),
+        read([prompt + answer for prompt, answer in general], last=False),
+    ]
+    moment = sum(part.T @ part / len(part) for part in parts) / 3
+    moment.diagonal().add_(moment.diagonal().mean())  # the ridge
+
+    def merit(rows_of_a: torch.Tensor) -> torch.Tensor:
+        """Response to safety prompts against that to references."""
+        return (safety @ rows_of_a.T).square().mean(0) / ((rows_of_a @ moment) * rows_of_a).sum(1)
+
+    row = found["aimed"].double()
+    nearby = row + 0.1 * row.norm() * torch.randn(500, row.shape[1]).double() / row.shape[1] ** 0.5
+    assert merit(nearby).max() <= merit(row)
+    assert (safety @ row.T).mean() > 0
 
 
 def test_osf_begins_at_the_base_model(tiny_model: Callable[..., Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_ogpsa import OGPSAConfig
+from rivals.aimed import AimedRival
 from rivals.base import Rival
 from rivals.contrast import ContrastRival
 from rivals.ewc import EwcRival
@@ -30,6 +31,7 @@ KINDS: dict[str, Callable[..., Rival]] = {
     "osf": OsfRival,
     "mica": MicaRival,
     "contrast": ContrastRival,
+    "aimed": AimedRival,
 }
 
 
@@ -58,7 +60,7 @@ class Method:
     def identity(self) -> dict[str, Any]:
         """What tells its results from another's; an OGPSA rule by its resolved settings."""
         settings = dict(self.settings)
-        if self.kind in ("ogpsa", "contrast"):
+        if self.kind in ("ogpsa", "contrast", "aimed"):
             settings["settings"] = OGPSAConfig.from_dict(settings.get("settings", {})).to_dict()
         return {"kind": self.kind, **settings}
 
@@ -190,6 +192,20 @@ _ALL = [
         "contrast",
         {"references": "both_forms"},
         "the default rule; A fixed along what tells safety prompts from references",
+    ),
+    *(
+        Method(
+            name,
+            "aimed",
+            {
+                "settings": {"budget": 0.05, "penalty": 1.0},
+                "references": "some_forms",
+                "slowness": slowness,
+            },
+            f"rank 1 on up-projections, blind to references at first; A {what}",
+            "aimed",
+        )
+        for name, slowness, what in (("aimed", None, "fixed"), ("aimed_slow", 60.0, "learns too"))
     ),
     Method("corda", "corda", {}, "CorDA initialisation, knowledge-preserved mode"),
     Method("osf", "osf", {"trained": 16}, "OSF, 16 smallest singular directions trained", "osf"),

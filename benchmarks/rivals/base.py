@@ -132,9 +132,8 @@ class Rival:
     def _lora(self, **settings: Any) -> LoraConfig:
         return LoraConfig(
             r=self.rank,
-            lora_alpha=2 * self.rank,
             task_type="CAUSAL_LM",
-            **{"target_modules": self.target_modules, **settings},
+            **{"lora_alpha": 2 * self.rank, "target_modules": self.target_modules, **settings},
         )
 
     @contextmanager

@@ -63,8 +63,8 @@ class ContrastRival(OgpsaRival):
         prompts = [o.sequences[index][0] for o, indices in drawn for index in indices]
         with self.setup_time(next(model.parameters()).device):
             wrapped = get_peft_model(model, config)
-            safety, references = _inputs(wrapped, self._safety), _inputs(wrapped, prompts)
-            for name, layer in _layers(wrapped).items():
+            safety, references = inputs(wrapped, self._safety), inputs(wrapped, prompts)
+            for name, layer in lora_layers(wrapped).items():
                 weight = layer.lora_A["default"].weight
                 weight.data.copy_(_rows(safety[name], references[name]))
                 weight.requires_grad_(False)
@@ -72,12 +72,17 @@ class ContrastRival(OgpsaRival):
         return wrapped
 
 
+def usual_response(safety: Tensor) -> Tensor:
+    """How far a row of A under LoRA's usual start responds to inputs [n, d]; a scalar, float64.
+
+    The entries of such a row have variance 1 / 3d.
+    """
+    return (safety.double().square().sum(1).mean() / (3 * safety.shape[1])).sqrt()
+
+
 def _rows(safety: Tensor, references: Tensor) -> Tensor:
     """A [2, d] from the inputs of safety prompts [n, d] and references [m, d]."""
-    width = safety.shape[1]
-    # The response of a row of A to these inputs under LoRA's usual start: its entries have
-    # variance 1 / 3d.
-    usual = (safety.double().square().sum(1).mean() / (3 * width)).sqrt()
+    usual = usual_response(safety)
     contrast = usual * direction(safety, references, _RIDGE)
     longest = _LONGEST / 3**0.5
     contrast *= (longest / contrast.norm()).clamp_max(1.0)
@@ -85,26 +90,34 @@ def _rows(safety: Tensor, references: Tensor) -> Tensor:
     return torch.stack([contrast, _OFFSET * usual * mean / mean.square().sum()]).float()
 
 
-def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, prompts: Sequence[list[int]]) -> dict[str, Tensor]:
-    """What every adapted layer reads [n, d] at the last token of each prompt."""
-    found: dict[str, list[Tensor]] = {name: [] for name in _layers(model)}
+def inputs(
+    model: nn.Module, sequences: Sequence[list[int]], *, every_token: bool = False
+) -> dict[str, Tensor]:
+    """What every adapted layer reads at the last token of each sequence, or at all of them.
+
+    Returns:
+        By layer, [sequences, d] or [tokens of all sequences, d].
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in lora_layers(model)}
+    kept = slice(None) if every_token else slice(-1, None)
     handles = [
         layer.register_forward_pre_hook(  # type: ignore[attr-defined]
-            lambda _, args, kept=found[name]: kept.append(args[0][0, -1].float())
+            lambda _, args, rows=found[name]: rows.append(args[0][0, kept].float())
         )
-        for name, layer in _layers(model).items()
+        for name, layer in lora_layers(model).items()
     ]
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    for prompt in prompts:
-        model(input_ids=torch.tensor([prompt], device=device))
+    for sequence in sequences:
+        model(input_ids=torch.tensor([sequence], device=device))
     model.train(training)
     for handle in handles:
         handle.remove()
-    return {name: torch.stack(rows) for name, rows in found.items()}
+    return {name: torch.cat(rows) for name, rows in found.items()}
