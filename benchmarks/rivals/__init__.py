@@ -7,7 +7,7 @@ no methods here: they are read off plain training's own checkpoints and strength
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from rivals.ogpsa import OgpsaRival
 from rivals.penalties import PenaltyRival
 from rivals.surgery import SurgeryRival
 
-KINDS: dict[str, Callable[..., Rival]] = {
+KINDS: dict[str, type[Rival]] = {
     "plain": Rival,
     "ogpsa": OgpsaRival,
     "penalty": PenaltyRival,
@@ -60,7 +60,7 @@ class Method:
     def identity(self) -> dict[str, Any]:
         """What tells its results from another's; an OGPSA rule by its resolved settings."""
         settings = dict(self.settings)
-        if self.kind in ("ogpsa", "contrast", "aimed"):
+        if issubclass(KINDS[self.kind], OgpsaRival):
             settings["settings"] = OGPSAConfig.from_dict(settings.get("settings", {})).to_dict()
         return {"kind": self.kind, **settings}
 

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from separability import direction
 from torch import Tensor, nn
 
 from lora_ogpsa.reference import Objective
-from rivals.contrast import PROMPTS, ContrastRival, inputs, lora_layers, usual_response
+from rivals.contrast import PROMPTS, ContrastRival, contrast_row, inputs, lora_layers
 
-_RIDGE = 1.0
 _LONGEST = 2.0  # times the length of an ordinary row of A
 
 
@@ -28,7 +26,7 @@ class AimedRival(ContrastRival):
 
     Args:
         settings: of `OGPSAConfig`.
-        references: as in `OgpsaRival`; a general one and ``lookalike`` must be among them.
+        references: as in `OgpsaRival`; ``general`` and ``lookalike`` must be among them.
         learning_rate: factor on the stage's; one row needs longer steps than sixteen.
         slowness: with the learning rate being B's, A moves as if its own were this many times
             smaller in proportion to its length; ``None`` holds A where it begins.
@@ -80,6 +78,4 @@ def _row(safety: Tensor, references: Sequence[Tensor]) -> Tensor:
     # Second moments: the parts count alike however many rows they have.
     rows = torch.cat([part / len(part) ** 0.5 for part in references])
     rows *= (len(rows) / len(references)) ** 0.5
-    found = usual_response(safety) * direction(safety, rows, _RIDGE)
-    found *= (_LONGEST / 3**0.5 / found.norm()).clamp_max(1.0)
-    return found[None].float()
+    return contrast_row(safety, rows, _LONGEST)[None].float()

@@ -72,7 +72,7 @@ class ContrastRival(OgpsaRival):
         return wrapped
 
 
-def usual_response(safety: Tensor) -> Tensor:
+def _usual_response(safety: Tensor) -> Tensor:
     """How far a row of A under LoRA's usual start responds to inputs [n, d]; a scalar, float64.
 
     The entries of such a row have variance 1 / 3d.
@@ -80,14 +80,27 @@ def usual_response(safety: Tensor) -> Tensor:
     return (safety.double().square().sum(1).mean() / (3 * safety.shape[1])).sqrt()
 
 
+def contrast_row(safety: Tensor, references: Tensor, longest: float) -> Tensor:
+    """A row of A [d] along what sets safety prompts apart, as responsive to them as a usual row.
+
+    Args:
+        safety: inputs of safety prompts [n, d].
+        references: inputs of references [m, d].
+        longest: times the length of a usual row that it may be.
+
+    Returns:
+        [d], float64.
+    """
+    found = _usual_response(safety) * direction(safety, references, _RIDGE)
+    return found * (longest / 3**0.5 / found.norm()).clamp_max(1.0)
+
+
 def _rows(safety: Tensor, references: Tensor) -> Tensor:
     """A [2, d] from the inputs of safety prompts [n, d] and references [m, d]."""
-    usual = usual_response(safety)
-    contrast = usual * direction(safety, references, _RIDGE)
-    longest = _LONGEST / 3**0.5
-    contrast *= (longest / contrast.norm()).clamp_max(1.0)
+    contrast = contrast_row(safety, references, _LONGEST)
     mean = references.double().mean(0)
-    return torch.stack([contrast, _OFFSET * usual * mean / mean.square().sum()]).float()
+    offset = _OFFSET * _usual_response(safety) * mean / mean.square().sum()
+    return torch.stack([contrast, offset]).float()
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -104,13 +117,14 @@ def inputs(
     Returns:
         By layer, [sequences, d] or [tokens of all sequences, d].
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in lora_layers(model)}
+    layers = lora_layers(model)
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
     kept = slice(None) if every_token else slice(-1, None)
     handles = [
         layer.register_forward_pre_hook(  # type: ignore[attr-defined]
             lambda _, args, rows=found[name]: rows.append(args[0][0, kept].float())
         )
-        for name, layer in lora_layers(model).items()
+        for name, layer in layers.items()
     ]
     device = next(model.parameters()).device
     training = model.training
