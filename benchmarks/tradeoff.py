@@ -252,8 +252,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not finished:
         raise SystemExit(f"{options.cells} holds no finished cell of this setting.")
     summary = summarise(finished)
+    settings = {"stage": options.stage, "margin": MARGIN, **setting.identity()}
+    if setting.strengths:
+        settings["strengths"] = list(setting.strengths)
     report: dict[str, Any] = {
-        "settings": {"stage": options.stage, "margin": MARGIN, **setting.identity()},
+        "settings": settings,
         # Cells may come from several machines.
         "environments": [
             json.loads(text)

@@ -13,11 +13,12 @@ from typing import Any
 
 import common
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from rivals import Method
 from tradeoff_data import Source
 from tradeoff_measures import Limits, measure, suite
-from tradeoff_stages import StageSettings, run_stage
+from tradeoff_stages import Spent, StageSettings, run_stage
 from tradeoff_summary import MARGIN
 
 from lora_ogpsa import OGPSAConfig
@@ -63,8 +64,11 @@ class Setting:
     strengths: tuple[float, ...] = ()
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that change with anything that changes a result."""
-        found = {
+        """JSON values that change with anything that changes a result.
+
+        Not with the strengths: others can be measured later, of the adapter kept with a cell.
+        """
+        return {
             "data": self.source.identity(),
             "model": Path(self.model).name,
             "load_in_4bit": self.load_in_4bit,
@@ -75,8 +79,6 @@ class Setting:
             "checkpoints": {name: list(steps) for name, steps in self.checkpoints.items()},
             "limits": self.limits.identity(),
         }
-        # Cells from before there were any are cells without.
-        return {**found, "strengths": list(self.strengths)} if self.strengths else found
 
     @property
     def name(self) -> str:
@@ -107,6 +109,10 @@ class Cells:
         made_of = [self._shared, method.identity(), seed]
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:10]
         return self.folder / f"{self.setting.name}-{method.name}-{seed}-{digest}.json"
+
+    def adapter(self, method: Method, seed: int) -> Path:
+        """Where a cell's trained adapter is kept; nowhere if it has no LoRA layer."""
+        return self.path(method, seed).with_suffix("")
 
     def load(self, method: Method, seed: int) -> dict[str, Any] | None:
         """A finished cell."""
@@ -149,6 +155,9 @@ class Cells:
                 json.dumps(method.identity())
             ):
                 continue
+            if "strengths" in cell:
+                asked = self.setting.strengths
+                cell["strengths"] = [p for p in cell["strengths"] if p["strength"] in asked]
             found[cell["method"], cell["seed"]] = cell
         order = ["base", *known]
         rank = {name: index for index, name in enumerate(order)}
@@ -157,16 +166,49 @@ class Cells:
     # ------------------------------------------------------------------ running
 
     def run(self, method: Method, seed: int, report: Callable[[str], None]) -> dict[str, Any]:
-        """Train and measure one cell, unless it is finished already.
+        """Train and measure one cell, or what is missing of it.
 
         Raises:
             ConfigError: the method cannot work in this setting.
         """
-        finished = self.load(method, seed)
-        if finished is not None:
+        model: Any = None
+        cell = self.load(method, seed)
+        if cell is None:
+            model, tokenizer, found = self._trained(method, seed, report)
+            if any(isinstance(module, LoraLayer) for module in model.modules()):
+                model.save_pretrained(str(self.adapter(method, seed)))
+            cell = self.save(method, seed, found)
+        elif self._next_strength(method, cell) is None:
             report("finished already")
-            return finished
-        return self.save(method, seed, self._trained(method, seed, report))
+        while (strength := self._next_strength(method, cell)) is not None:
+            if model is None:
+                base, tokenizer = self._load()
+                model = PeftModel.from_pretrained(base, str(self.adapter(method, seed)))
+            with at_strength(model, strength):
+                point = self._measure(model, tokenizer, base=False, final=False)
+            report(f"strength {strength}: {_shown(point['values'])}")
+            measured = [*cell["strengths"], {"strength": strength, **point}]
+            measured.sort(key=lambda one: one["strength"])
+            cell = self.save(method, seed, {**cell, "strengths": measured})
+        return cell
+
+    def _next_strength(self, method: Method, cell: Mapping[str, Any]) -> float | None:
+        """The next strength at which a trained cell is to be measured, if there is one.
+
+        Beyond 1 only until the model is as safe as any comparison can ask for.
+        """
+        if not self.adapter(method, cell["seed"]).is_dir():
+            return None
+        measured = {p["strength"]: p["values"]["harmful"] for p in cell["strengths"]}
+        reached = cell["points"][-1]["values"]["harmful"]
+        for strength in self.setting.strengths:
+            if strength > 1 and reached >= 1 - MARGIN:
+                return None
+            if strength not in measured:
+                return strength
+            if strength > 1:
+                reached = measured[strength]
+        return None
 
     def run_base(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Measure the base model; it is the same for every seed."""
@@ -188,7 +230,10 @@ class Cells:
         chosen = suite(setting.source, setting.limits, setting.precision, dpo=dpo, final=final)
         return measure(model, tokenizer, chosen, base=base, cache=self.folder / "evaluation")
 
-    def _trained(self, method: Method, seed: int, report: Callable[[str], None]) -> dict[str, Any]:
+    def _trained(
+        self, method: Method, seed: int, report: Callable[[str], None]
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """The model to measure, with its tokenizer, and what was found up to its end."""
         setting = self.setting
         rival = method.build()
         if rival.full_precision and setting.load_in_4bit:
@@ -206,9 +251,11 @@ class Cells:
         # Here and not earlier: the adapter's beginning is the same for every method of a seed.
         torch.manual_seed(seed)
         rival.see(rows[setting.stages[0].name])
-        model = rival.wrap(model, objectives, round(setting.passes * setting.steps))
+        spent = Spent()
+        with spent.tokens_of(model):
+            model = rival.wrap(model, objectives, round(setting.passes * setting.steps))
         points: list[dict[str, Any]] = []
-        seconds, token_passes, taken = 0.0, 0, 0
+        taken = 0
         for stage in setting.stages:
 
             def after_step(step: int, stage: StageSettings = stage, before: int = taken) -> None:
@@ -219,7 +266,7 @@ class Cells:
                 points.append({"stage": stage.name, "step": before + step, **point})
                 report(f"{stage.name} step {step}: {_shown(point['values'])}")
 
-            spent = run_stage(
+            run_stage(
                 stage,
                 rival,
                 model,
@@ -229,48 +276,23 @@ class Cells:
                 precision=setting.precision,
                 passes=setting.passes,
                 seed=seed,
+                spent=spent,
                 after_step=after_step,
                 report=report,
             )
-            seconds += spent.seconds
-            token_passes += spent.token_passes
             taken += stage.steps
-        reached = points[-1]["values"]["harmful"]
-        return {
-            "points": points,
-            "strengths": self._at_strengths(rival.measured(model), tokenizer, reached, report),
-            "train_seconds": seconds + rival.setup_seconds,
-            "extra_seconds": rival.extra_seconds,
-            "token_passes": token_passes,
-            "reference_passes": rival.passes / setting.steps,
-        }
-
-    def _at_strengths(
-        self, model: Any, tokenizer: Any, reached: float, report: Callable[[str], None]
-    ) -> list[dict[str, Any]]:
-        """Measure with the adapter's update multiplied by each strength.
-
-        Beyond 1 only until the model is as safe as any comparison can ask for.
-
-        Args:
-            model: to measure; one without LoRA layers has no strengths.
-            tokenizer: of the model.
-            reached: share of harmful prompts refused at strength 1.
-            report: called with lines of progress.
-        """
-        found: list[dict[str, Any]] = []
-        if not any(isinstance(module, LoraLayer) for module in model.modules()):
-            return found
-        for strength in self.setting.strengths:
-            if strength > 1 and reached >= 1 - MARGIN:
-                break
-            with at_strength(model, strength):
-                point = self._measure(model, tokenizer, base=False, final=False)
-            if strength > 1:
-                reached = point["values"]["harmful"]
-            report(f"strength {strength}: {_shown(point['values'])}")
-            found.append({"strength": strength, **point})
-        return found
+        return (
+            rival.measured(model),
+            tokenizer,
+            {
+                "points": points,
+                "strengths": [],
+                "train_seconds": spent.seconds + rival.setup_seconds,
+                "extra_seconds": rival.extra_seconds,
+                "token_passes": spent.token_passes,
+                "reference_passes": rival.passes / setting.steps,
+            },
+        )
 
 
 def _environment() -> dict[str, Any]:

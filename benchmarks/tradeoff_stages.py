@@ -71,7 +71,7 @@ def fastest_precision() -> str:
 
 @dataclass
 class Spent:
-    """What a stage cost.
+    """What training cost.
 
     Attributes:
         seconds: on the clock.
@@ -86,12 +86,20 @@ class Spent:
     @contextmanager
     def on(self, training: Training) -> Iterator[None]:
         """Count what happens within the context."""
-        handle = base_of(training.model).get_decoder().register_forward_hook(self._count)
         began = training.now()
+        try:
+            with self.tokens_of(training.model):
+                yield
+        finally:
+            self.seconds += training.now() - began
+
+    @contextmanager
+    def tokens_of(self, model: nn.Module) -> Iterator[None]:
+        """Count tokens alone, of a model with or without an adapter."""
+        handle = base_of(model).get_decoder().register_forward_hook(self._count)
         try:
             yield
         finally:
-            self.seconds += training.now() - began
             handle.remove()
 
     def _count(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -110,9 +118,10 @@ def run_stage(
     precision: str,
     passes: float,
     seed: int,
+    spent: Spent,
     after_step: Callable[[int], None],
     report: Callable[[str], None],
-) -> Spent:
+) -> None:
     """Train `model` through one stage.
 
     Args:
@@ -125,11 +134,9 @@ def run_stage(
         precision: see `cast`.
         passes: reference examples a method may differentiate per step.
         seed: of batches and reference examples.
+        spent: grows by what is spent on training, whatever the method adds included.
         after_step: called with the number of steps taken; its time is not counted.
         report: called with lines of progress.
-
-    Returns:
-        What was spent on training, whatever the method adds included.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate = stage.learning_rate * rival.learning_rate
@@ -150,7 +157,6 @@ def run_stage(
         seed=seed,
     )
     model.train()
-    spent = Spent()
     with spent.on(training):
         rival.begin(training)
     for step, batch in enumerate(work):
@@ -165,7 +171,6 @@ def run_stage(
             report(f"{stage.name} step {step + 1}/{stage.steps} loss {loss:.3f} {shown}".rstrip())
         after_step(step + 1)
     rival.end(training)
-    return spent
 
 
 # ------------------------------------------------------------------------------------------ losses

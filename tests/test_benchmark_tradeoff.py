@@ -27,9 +27,10 @@ import tradeoff_cells
 import tradeoff_stages
 from rivals import METHODS, Method, ogpsa_method
 from rivals.base import ReferenceStream
+from rivals.contrast import PROMPTS
 from rivals.surgery import agem
 from tradeoff_data import FILES, HELD_OUT, Source
-from tradeoff_stages import StageSettings, run_stage
+from tradeoff_stages import Spent, StageSettings, run_stage
 from tradeoff_summary import run_path, summarise, table
 
 STEPS = 5
@@ -90,6 +91,7 @@ def trained(
             precision="float32",
             passes=passes,
             seed=0,
+            spent=Spent(),
             after_step=lambda step: None,
             report=lambda text: None,
         )
@@ -459,7 +461,7 @@ def test_adapters_are_measured_at_their_strengths(command: list[str], tmp_path: 
         drift = [values["alpaca_kl"] for values in (half["values"], whole, twice["values"])]
         assert 0 < drift[0] < drift[1] < drift[2]
     assert "scaled_adapter" in report["summary"]
-    # Without them nothing changes, and cells from before there were any still count.
+    # Without them nothing else changes.
     tradeoff.main([*command, *methods])
     report = json.loads((tmp_path / "tradeoff.json").read_text())
     assert "strengths" not in report["settings"]
@@ -468,25 +470,70 @@ def test_adapters_are_measured_at_their_strengths(command: list[str], tmp_path: 
     assert other == {name: cell["points"] for name, cell in cells.items()}
 
 
+def test_other_strengths_are_measured_without_training_again(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strengths() -> dict[str, dict[float, Any]]:
+        report = json.loads((tmp_path / "tradeoff.json").read_text())
+        return {
+            cell["method"]: {p["strength"]: p["values"] for p in cell["strengths"]}
+            for cell in report["cells"]
+            if cell["method"] != "base"
+        }
+
+    # Adapters of three kinds: trained whole, one half of them fixed, evaluated as another.
+    methods = ["--methods", "plain", "aimed", "mica"]
+    tradeoff.main([*command, *methods, "--strengths", "0.5", "2"])
+    before = strengths()
+    monkeypatch.setattr(tradeoff_cells, "run_stage", None)
+    tradeoff.main([*command, *methods, "--strengths", "0.25", "2", "3"])
+    after = strengths()
+    for name, values in before.items():
+        assert list(after[name]) == [0.25, 2.0, 3.0]
+        assert after[name][2.0] == values[2.0]
+        drift = [after[name][strength]["alpaca_kl"] for strength in (0.25, 2.0, 3.0)]
+        assert 0 < drift[0] < values[0.5]["alpaca_kl"] < drift[1] < drift[2]
+    # The same measurement of a kept adapter as of the one just trained.
+    for path in (tmp_path / "cells").glob("sft-*.json"):
+        cell = json.loads(path.read_text())
+        if cell["method"] != "base":
+            path.write_text(json.dumps({**cell, "strengths": []}))
+    tradeoff.main([*command, *methods, "--strengths", "0.5", "2"])
+    again = strengths()
+    for name, values in before.items():
+        for strength in (0.5, 2.0):
+            assert again[name][strength] == pytest.approx(values[strength], rel=1e-5)
+
+
 @pytest.mark.parametrize(("reached", "measured"), [(0.4, [0.5, 1.5, 2.0]), (0.98, [0.5])])
 def test_strengths_grow_until_the_model_is_as_safe_as_can_be_asked_for(
-    tiny_model: Callable[..., Any],
+    command: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     reached: float,
     measured: list[float],
 ) -> None:
-    model = METHODS["rank1_up"].build().wrap(tiny_model(), [], 0)
-    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
-    options = tradeoff.parse(["--strengths", "0.5", "1.5", "2", "3"])
-    cells = tradeoff_cells.Cells(tmp_path, tradeoff.setting_of(options))
+    def measure(_: Any, model: Any, *__: Any, **___: Any) -> dict[str, Any]:
+        layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        scaling = layers[0].scaling["default"] if layers else 0.0
+        strength = scaling / 2  # alpha / r
+        harmful = reached if strength == 1 else 0.49 * strength
+        return {"values": {"harmful": harmful, "over_refusal": strength}}
 
-    def measure(*_: Any, **__: Any) -> dict[str, Any]:
-        return {"values": {"harmful": 0.245 * layer.scaling["default"]}}  # alpha / r is 2
+    monkeypatch.setattr(tradeoff_cells.Cells, "_measure", measure)
+    wanted = ["--methods", "rank1_up", "--strengths", "0.5", "1.5", "2", "3"]
+    tradeoff.main([*command, *wanted])
+    (cell,) = json.loads((tmp_path / "tradeoff.json").read_text())["cells"][1:]
+    assert [point["strength"] for point in cell["strengths"]] == measured
 
-    monkeypatch.setattr(cells, "_measure", measure)
-    found = cells._at_strengths(model, None, reached, lambda text: None)
-    assert [point["strength"] for point in found] == measured
+
+def test_tokens_that_pass_before_training_are_counted(command: list[str], tmp_path: Path) -> None:
+    tradeoff.main([*command, "--methods", "plain", "aimed_slow"])
+    report = json.loads((tmp_path / "tradeoff.json").read_text())
+    plain, aimed = (cell["token_passes"] for cell in report["cells"][1:])
+    # Forwards over PROMPTS prompts each of the safety data, look-alikes and general references;
+    # what training itself adds is two reference examples.
+    assert aimed > plain + 3 * PROMPTS * 20
 
 
 def test_a_cell_that_fails_does_not_take_the_others_with_it(

@@ -89,6 +89,8 @@ _RESTORING = {
     "restoration": 1.0,
 }
 
+_RANK1 = {"rank": 1, "target_modules": ["up_proj"]}
+
 _ALL = [
     Method("plain", "plain", {}, "LoRA, r = 16 on all linear layers"),
     Method(
@@ -100,8 +102,14 @@ _ALL = [
     Method(
         "rank1_up",
         "plain",
-        {"rank": 1, "target_modules": ["up_proj"]},
+        _RANK1,
         "LoRA, r = 1 on the MLP's up-projections alone (arXiv 2507.17075)",
+    ),
+    Method(
+        "rank1_up_6",
+        "plain",
+        {**_RANK1, "learning_rate": 6.0},
+        "the same at 6 times the learning rate",
     ),
     ogpsa_method("default", {}, "this library's default rule"),
     ogpsa_method(
@@ -155,6 +163,17 @@ _ALL = [
             "kl_penalty_first",
         )
         for weight in (0.3, 1.0)
+    ),
+    Method(
+        "kl_penalty_1_rank1",
+        "penalty",
+        {
+            "weight": 1.0,
+            "loss": "kl",
+            "first_token_weight": FIRST_TOKEN_WEIGHT,
+            "adapter": {**_RANK1, "learning_rate": 6.0},
+        },
+        "`kl_penalty_1_first` on the adapter of `rank1_up_6`",
     ),
     *(
         Method(

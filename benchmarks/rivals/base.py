@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -215,12 +215,13 @@ class StreamedRival(Rival):
 
     Args:
         loss: of the references, ``"distill"`` or ``"kl"``.
+        adapter: arguments of `Rival`; its own adapter if not given.
     """
 
     references = "shared"
 
-    def __init__(self, loss: str) -> None:
-        super().__init__()
+    def __init__(self, loss: str, adapter: Mapping[str, Any] | None = None) -> None:
+        super().__init__(**(adapter or {}))
         self.loss = loss
 
     def begin(self, training: Training) -> None:

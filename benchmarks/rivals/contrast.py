@@ -49,10 +49,10 @@ class ContrastRival(OgpsaRival):
         self._safety: list[list[int]] = []
 
     def see(self, rows: Sequence[Any]) -> None:
-        """Keep the first prompts of the training data."""
-        first = rows[:PROMPTS]
+        """Keep prompts from all over the training data, which may be of several kinds in turn."""
+        spread = rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS]
         # Of a pair both sides have the prompt.
-        self._safety = [row[0][0] if isinstance(row[0], tuple) else row[0] for row in first]
+        self._safety = [row[0][0] if isinstance(row[0], tuple) else row[0] for row in spread]
 
     def wrap(self, model: nn.Module, objectives: Sequence[Objective], budget: int) -> nn.Module:
         """Put the adapter on the middle layers and set its A."""

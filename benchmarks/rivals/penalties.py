@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from lora_ogpsa.emphasis import FirstTokenEmphasis
@@ -25,10 +28,17 @@ class PenaltyRival(StreamedRival):
         loss: ``"distill"`` or ``"kl"``.
         first_token_weight: as in `OGPSAConfig`, so that a rule which has it is not compared with
             rivals that go without.
+        adapter: as in `StreamedRival`.
     """
 
-    def __init__(self, weight: float, loss: str, first_token_weight: float = 0.0) -> None:
-        super().__init__(loss)
+    def __init__(
+        self,
+        weight: float,
+        loss: str,
+        first_token_weight: float = 0.0,
+        adapter: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(loss, adapter)
         self.weight = weight
         self.first_token_weight = first_token_weight
 
