@@ -5,8 +5,9 @@
 Every method gets the same model, data order, optimizer, steps and number of reference-example
 passes. One cell is one method with one seed; a finished cell is kept in `--cells` and not run
 again, so an interrupted benchmark goes on where it stopped, and several processes with different
-`--methods` may share the folder. From all finished cells of the setting come the JSON with its
-`summary`, a Markdown table and a picture; `--summary-only` makes them without running anything.
+`--methods` may share the folder. Its adapter is kept too: further `--strengths` are measured
+without training again. From all finished cells of the setting come the JSON with its `summary`, a
+Markdown table and a picture; `--summary-only` makes them without running anything.
 
 `--data embedded` runs on the data in the package, a folder on the files named in
 `tradeoff_data.FILES`. A variant of the default rule is named on the command line:
