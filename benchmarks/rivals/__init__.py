@@ -212,6 +212,12 @@ _ALL = [
         {"references": "both_forms"},
         "the default rule; A fixed along what tells safety prompts from references",
     ),
+    Method(
+        "contrast_pen",
+        "contrast",
+        {"settings": {"budget": 0.1, "penalty": 0.5}, "references": "both_forms"},
+        "`contrast` under a tighter budget and with a penalty",
+    ),
     *(
         Method(
             name,
