@@ -89,7 +89,7 @@ def _cheapest(
 ) -> dict[str, Any]:
     """The rivals that plain training is to itself: stopped early, and its adapter scaled down."""
     rows = {"early_stop": ("steps", "plain, stopped where it is safe enough")}
-    if any(strength_path(cell, base) for cell in own):
+    if all(strength_path(cell, base) for cell in own):
         rows["scaled_adapter"] = ("strengths", "plain's adapter, scaled to where it is safe enough")
     found = {}
     for name, (path, description) in rows.items():

@@ -574,11 +574,11 @@ def test_a_cell_is_known_by_everything_that_makes_it(tmp_path: Path) -> None:
         ("--precision", "float32"),
         ("--stage", "dpo"),
         ("--schedule", "linear"),
-        ("--strengths", "2"),
     ]
     paths = [path(seed=1), path(method="paper_shared"), *(path(*c) for c in changes)]
     assert len(set(paths)) == len(paths)
     assert path() == path("--dpo-steps", "7")  # not a setting of this stage
+    assert path() == path("--strengths", "2")  # measured of the same adapter
 
 
 def test_checkpoints_are_spread_evenly_and_end_at_the_end() -> None:
@@ -720,6 +720,17 @@ def test_where_strengths_are_measured_safety_is_matched_along_them() -> None:
     assert summary["plain"]["tax_removed"] == pytest.approx({"over_refusal": 0, "gsm8k_nll": 0})
     # Where there is no adapter to scale, along the run.
     assert summary["osf"]["by_seed"][0]["step"] == 30
+
+
+def test_without_strengths_of_every_seed_nothing_is_said_of_scaling() -> None:
+    half = {"strength": 0.5, "values": {"harmful": 0.9, "over_refusal": 0.6, "gsm8k_nll": 1.1}}
+    cells = [
+        cell("base", 0, (0, 0.0, 0.0, 1.0)),
+        cell("plain", 0, (60, 0.9, 0.8, 1.5), strengths=[half]),
+        cell("plain", 1, (60, 1.0, 0.8, 1.5), strengths=[]),
+    ]
+    assert "scaled_adapter" in summarise(cells[:2])
+    assert "scaled_adapter" not in summarise(cells)
 
 
 def test_a_method_that_never_gets_there_has_no_tax_removed() -> None:
