@@ -90,6 +90,7 @@ _RESTORING = {
 }
 
 _RANK1 = {"rank": 1, "target_modules": ["up_proj"]}
+_RANK1_FASTER = {**_RANK1, "learning_rate": 6.0}
 
 _ALL = [
     Method("plain", "plain", {}, "LoRA, r = 16 on all linear layers"),
@@ -108,7 +109,7 @@ _ALL = [
     Method(
         "rank1_up_6",
         "plain",
-        {**_RANK1, "learning_rate": 6.0},
+        _RANK1_FASTER,
         "the same at 6 times the learning rate",
     ),
     ogpsa_method("default", {}, "this library's default rule"),
@@ -171,7 +172,7 @@ _ALL = [
             "weight": 1.0,
             "loss": "kl",
             "first_token_weight": FIRST_TOKEN_WEIGHT,
-            "adapter": {**_RANK1, "learning_rate": 6.0},
+            "adapter": _RANK1_FASTER,
         },
         "`kl_penalty_1_first` on the adapter of `rank1_up_6`",
     ),
