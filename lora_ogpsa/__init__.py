@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from lora_ogpsa.adapters import AdapterSpace as AdapterSpace
     from lora_ogpsa.callback import OGPSACallback as OGPSACallback
     from lora_ogpsa.config import OGPSAConfig as OGPSAConfig
+    from lora_ogpsa.contrast import freeze_contrast as freeze_contrast
+    from lora_ogpsa.contrast import get_contrast_model as get_contrast_model
+    from lora_ogpsa.contrast_config import ContrastConfig as ContrastConfig
     from lora_ogpsa.errors import OGPSAError as OGPSAError
     from lora_ogpsa.factory import create_ogpsa_optimizer as create_ogpsa_optimizer
     from lora_ogpsa.projector import OGPSA as OGPSA
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterSpace": "adapters",
+    "ContrastConfig": "contrast_config",
     "FrequentDirections": "sketch",
     "OGPSA": "projector",
     "OGPSACallback": "callback",
@@ -33,6 +37,8 @@ _HOMES = {
     "Subspace": "subspace",
     "create_ogpsa_optimizer": "factory",
     "default_references": "reference",
+    "freeze_contrast": "contrast",
+    "get_contrast_model": "contrast",
 }
 
 __all__ = [  # noqa: RUF022 - in reading order
@@ -42,6 +48,9 @@ __all__ = [  # noqa: RUF022 - in reading order
     "OGPSACallback",
     "OGPSA",
     "create_ogpsa_optimizer",
+    "ContrastConfig",
+    "get_contrast_model",
+    "freeze_contrast",
     "AdapterSpace",
     "FrequentDirections",
     "Subspace",

@@ -75,6 +75,7 @@ def _from_config(recipe: Recipe, config: Any) -> ModelSize:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from lora_ogpsa.contrast import contrast_adapter
     from lora_ogpsa.models import EMBEDDED
     from lora_ogpsa.stages import lora_config
 
@@ -89,7 +90,10 @@ def _from_config(recipe: Recipe, config: Any) -> ModelSize:
             for m in model.modules()
             if isinstance(m, torch.nn.Linear) and m is not head
         )
-        adapted = get_peft_model(model, lora_config(recipe))
+        if recipe.contrast is None or recipe.arms != ["ogpsa"]:
+            adapted = get_peft_model(model, lora_config(recipe))
+        else:
+            adapted = contrast_adapter(model, recipe.contrast, lora_config(recipe))
     dtype = recipe.model["dtype"]
     if dtype in (None, "auto"):
         embedded = recipe.model["model_name_or_path"] == EMBEDDED

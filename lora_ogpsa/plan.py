@@ -191,8 +191,8 @@ def render(plan: Plan, cells: Sequence[Cell] = ()) -> RenderableType:
     parts: list[RenderableType] = [
         Text(f"Plan of {recipe.source}", style="bold"),
         Text(
-            f"model     {model['model_name_or_path']}, {bits}, LoRA rank {model['lora_r']} on "
-            f"{model['lora_target_modules']}"
+            f"model     {model['model_name_or_path']}, {bits}, {recipe.adapter}"
+            + ("" if recipe.contrast else f" on {model['lora_target_modules']}")
         ),
         Text(f"output    {recipe.output_dir}"),
         *_run_lines(recipe, cells),

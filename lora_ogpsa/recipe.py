@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_ogpsa.compare_settings import CompareSettings, parse_compare
 from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.contrast_config import ContrastConfig
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.recipe_file import as_mapping, read_recipe_file
 from lora_ogpsa.recipe_keys import check_known, defaults, names, take
 from lora_ogpsa.recipe_sections import (
     check_unique,
+    parse_contrast,
     parse_evaluation,
     parse_ogpsa,
     parse_references,
@@ -84,6 +86,8 @@ class Recipe:
         model: fields of TRL's ``ModelConfig``, defaults filled in.
         stages: at least one; each goes on training the adapter of the one before.
         output_dir: folder of everything a run writes.
+        contrast: how the adapter's A is set from prompts; ``None`` begins with a usual adapter,
+            as a training that nothing protects always does.
         evaluation: what is measured; ``None`` measures nothing.
         compare: repeat the run without projection, for comparison.
         comparison: what ``lora-ogpsa compare`` does.
@@ -95,6 +99,7 @@ class Recipe:
     model: dict[str, Any]
     stages: tuple[Stage, ...]
     output_dir: Path
+    contrast: ContrastConfig | None = None
     evaluation: EvaluationSuite | None = None
     compare: bool = False
     comparison: CompareSettings = field(default_factory=CompareSettings)
@@ -107,12 +112,21 @@ class Recipe:
             return ["plain"]
         return ["ogpsa", "plain"] if self.compare else ["ogpsa"]
 
+    @property
+    def adapter(self) -> str:
+        """What is trained, in a few words."""
+        usual = f"LoRA rank {self.model['lora_r']}"
+        if self.contrast is None or "ogpsa" not in self.arms:
+            return usual
+        return "contrast adapter" + (f" (plain training: {usual})" if self.compare else "")
+
 
 @dataclass(frozen=True)
 class _RecipeKeys:
     """Keys of the top level that no stage can have, besides those of TRL's ``ModelConfig``."""
 
     output_dir: str = ""
+    contrast: bool | dict = False
     evaluation: Any = None
     compare: bool | dict = False
     merge: bool | MergeType = False
@@ -203,11 +217,23 @@ def parse_recipe(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
         model=model,
         stages=tuple(stages),
         output_dir=Path(top["output_dir"]),
+        contrast=_contrast(top.get("contrast", False), model, f"{source}, contrast"),
         evaluation=evaluation,
         compare=compare is not False,
         comparison=parse_compare(compare, f"{source}, compare", evaluation),
         merge={True: "bfloat16", False: None}.get(merge := top.get("merge", False), merge),
     )
+
+
+def _contrast(given: Any, model: Mapping[str, Any], place: str) -> ContrastConfig | None:
+    """The `contrast:` section, if the adapter's other settings allow it."""
+    contrast = parse_contrast(given, place)
+    if contrast is not None and model["use_dora"]:
+        raise ConfigError(
+            f"{place}: DoRA's magnitudes change the layer for every token, which a contrast "
+            "adapter is to leave alone. Leave one of the two out."
+        )
+    return contrast
 
 
 def _overlays(stages: Any, source: str) -> tuple[list[dict[str, Any]], bool]:

@@ -1,4 +1,4 @@
-"""The sections of a recipe that this library defines: `ogpsa`, `references`, `evaluation`."""
+"""The sections of a recipe that this library defines: `ogpsa`, `contrast`, `references`..."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.contrast_config import ContrastConfig
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.recipe_file import as_mapping
 from lora_ogpsa.recipe_keys import check_known, names, take
@@ -29,6 +30,22 @@ def parse_ogpsa(given: Any, place: str) -> OGPSAConfig | None:
         return OGPSAConfig.from_dict(given)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
+
+
+def parse_contrast(given: Any, place: str) -> ContrastConfig | None:
+    """The `contrast:` section; ``None`` where it is ``false``: a usual adapter.
+
+    Raises:
+        ConfigError: a key is unknown or a value is wrong.
+    """
+    if given is False:
+        return None
+    section = {} if given is True else as_mapping(given, place)
+    check_known(section, names(ContrastConfig), place)
+    try:
+        return ContrastConfig(**take(section, ContrastConfig, place))
+    except ConfigError as error:
+        raise ConfigError(error.args[0] if place in str(error) else f"{place}: {error}") from error
 
 
 def parse_references(given: Any, place: str) -> tuple[Reference, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from lora_ogpsa.console import StepDisplay, StopAtNonFinite
+from lora_ogpsa.console import StepDisplay, StopAtNonFinite, err
+from lora_ogpsa.contrast_config import ContrastConfig
 from lora_ogpsa.errors import ConfigError, ModelError
 from lora_ogpsa.export.folder import staged_folder
 from lora_ogpsa.export.quantisation import RUN_FILE, describe_quantisation
@@ -152,13 +153,18 @@ def train_stage(
     began = time.monotonic()
     model, tokenizer = base
     arguments = training_arguments(stage, folder)
+    contrast = None
     if start is not None:
-        model = with_adapter(model, start, trainable=True)
+        model, contrast = _continued(model, start)
+    elif protected and stage.ogpsa is not None and recipe.contrast is not None:
+        contrast = recipe.contrast
+        model = _with_contrast(recipe, stage, model, tokenizer, rows)
+    fresh = start is None and contrast is None
     rows = training_rows(stage, rows, model, tokenizer)
     if points:
         arguments.save_total_limit = arguments.save_total_limit or 1
     display = StepDisplay(title)
-    trainer = _trainer(recipe, stage, arguments, model, tokenizer, rows, fresh=start is None)
+    trainer = _trainer(recipe, stage, arguments, model, tokenizer, rows, fresh=fresh)
     trainer.add_callback(display)
     trainer.add_callback(StopAtNonFinite())
     protection = None
@@ -198,7 +204,8 @@ def train_stage(
         "points": point_steps(trainer.state.global_step, points) if points else [],
         "log": trainer.state.log_history,
     }
-    _save(trainer.model, tokenizer, folder, record, recipe, stage, protected=protected)
+    facts = _facts(recipe, stage, trainer.model, record, contrast, protected=protected)
+    _save(trainer.model, tokenizer, folder, record, facts)
     return Trained(trainer.model, tokenizer)
 
 
@@ -256,23 +263,60 @@ def _trainer(
     return trainer
 
 
-def _save(
-    model: Any,
-    tokenizer: Any,
-    folder: Path,
-    record: dict[str, Any],
+def _continued(model: Any, start: Path) -> tuple[Any, ContrastConfig | None]:
+    """`model` with the adapter of an earlier stage, and how it was set if not as usual."""
+    from lora_ogpsa.contrast import freeze_contrast
+
+    model = with_adapter(model, start, trainable=True)
+    facts = json.loads((start / RUN_FILE).read_text(encoding="utf-8"))
+    if facts.get("contrast") is None:
+        return model, None
+    freeze_contrast(model)
+    return model, ContrastConfig(**facts["contrast"])
+
+
+def _with_contrast(
+    recipe: Recipe, stage: Stage, model: Any, tokenizer: Any, rows: list[dict[str, Any]]
+) -> Any:
+    """`model` with an adapter set from the stage's prompts and its references."""
+    from lora_ogpsa.contrast import get_contrast_model
+
+    return get_contrast_model(
+        model,
+        rows,
+        stage.references,
+        recipe.contrast,
+        processing_class=tokenizer,
+        max_length=stage.argument("max_length") or tokenizer.model_max_length,
+        lora_config=lora_config(recipe),
+        cache=cache_dir(),
+        progress=err.is_terminal,
+    )
+
+
+def _facts(
     recipe: Recipe,
     stage: Stage,
+    model: Any,
+    record: dict[str, Any],
+    contrast: ContrastConfig | None,
     *,
     protected: bool,
-) -> None:
-    facts = {
+) -> dict[str, Any]:
+    """What the adapter's model card and later stages are told of its training."""
+    return {
         "base": recipe.model["model_name_or_path"],
         "data": stage.dataset_name,
         "ogpsa": stage.ogpsa.to_dict() if protected and stage.ogpsa is not None else None,
+        "contrast": None if contrast is None else contrast.to_dict(),
         "training": {"trainer": stage.trainer, **stage.training, "steps": record["steps"]},
         "quantisation": describe_quantisation(model),
     }
+
+
+def _save(
+    model: Any, tokenizer: Any, folder: Path, record: dict[str, Any], facts: dict[str, Any]
+) -> None:
     with staged_folder(folder / "adapter") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

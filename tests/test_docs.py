@@ -74,7 +74,11 @@ def names(tiny_folder, tiny_tokenizer, tmp_path, monkeypatch):
         "safety_data": texts,
         "preference_dataset": Dataset.from_list(PREFERENCES),
         "references": [
-            Reference("own", [{"prompt": "tell me about topic 1"}], max_new_tokens=4),
+            Reference(
+                "own",
+                [{"prompt": f"tell me about topic {i}"} for i in range(4)],
+                max_new_tokens=4,
+            ),
             Reference("told", PAIRS, loss="sft"),
         ],
         "output_dir": str(tmp_path / "out"),

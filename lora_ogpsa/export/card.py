@@ -68,6 +68,7 @@ def write_model_card(
     sections = [f"# {title}", _introduction(base, is_adapter)]
     sections += _mapping_section("Data", facts.get("data"))
     sections += _mapping_section("OGPSA settings", facts.get("ogpsa"))
+    sections += _mapping_section("Contrast adapter", facts.get("contrast"))
     sections += _mapping_section("Training", facts.get("training"))
     sections += _evaluation_section(facts.get("evaluation"))
     if merge is not None:

@@ -86,7 +86,7 @@ def about(recipe: Recipe) -> str:
     model = recipe.model
     bits = "4-bit, " if model["load_in_4bit"] else ""
     stages = ", then ".join(f"{s.trainer.upper()} on {s.dataset_name}" for s in recipe.stages)
-    return f"{model['model_name_or_path']}, {bits}LoRA rank {model['lora_r']}; {stages}."
+    return f"{model['model_name_or_path']}, {bits}{recipe.adapter}; {stages}."
 
 
 def stage_records(folders: list[Path], names: list[str]) -> list[StageRecord]:

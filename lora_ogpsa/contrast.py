@@ -1,0 +1,306 @@
+"""`get_contrast_model`: a LoRA adapter that reads what tells harmful prompts from harmless ones.
+
+An ordinary adapter begins with a random A and has to learn from refusals alone what to refuse,
+which is learnt too broadly. The base model knows already: in its middle layers one direction tells
+harmful prompts from look-alikes. Here A is set to that direction, from forward passes over some
+prompts before training, and only B is trained. What the adapter adds is then next to nothing on
+other text, and its reference gradients, outer products with A's response, are small from the start.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from lora_ogpsa import chat
+from lora_ogpsa.capture import quiet
+from lora_ogpsa.contrast_config import FEWEST, ContrastConfig
+from lora_ogpsa.discriminant import Inputs, contrast_rows, separation
+from lora_ogpsa.errors import AdapterError, ConfigError, DataError
+from lora_ogpsa.reference import Objective, Reference, default_references
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+logger = logging.getLogger(__name__)
+
+# What reads a layer's hidden states, by the names that transformers' models give it.
+_READERS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"),
+    *("gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "fc1", "c_fc"),
+)
+_LAYER = re.compile(r"\.(\d+)\.")
+
+Tokens = tuple[list[int], list[int]]
+Row = Mapping[str, Any] | Sequence[int]
+
+
+def get_contrast_model(
+    model: nn.Module,
+    prompts: Sequence[Row],
+    references: Sequence[Reference | Objective] | None = None,
+    config: ContrastConfig | None = None,
+    *,
+    processing_class: Any = None,
+    max_length: int = 1024,
+    lora_config: LoraConfig | None = None,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> PeftModel:
+    """Put a LoRA adapter of rank 2 on `model` whose A is set from prompts and frozen.
+
+    In the manner of ``peft.get_peft_model``; train what it returns as any PEFT model, with OGPSA
+    attached. It takes forward passes only, so the base may be quantised. ::
+
+        model = get_contrast_model(base_model, safety_data, references, processing_class=tokenizer)
+        optimizer = create_ogpsa_optimizer(
+            model, torch.optim.AdamW, references=references, processing_class=tokenizer, lr=5e-4
+        )
+
+    A model with a contrast adapter that is loaded to be trained further needs
+    :func:`freeze_contrast`.
+
+    Args:
+        model: the bare base model.
+        prompts: what should be refused: rows as `Reference` takes them, whose answers are not
+            looked at, or token ids of prompts that are ready for the answer.
+        references: what should not be refused; ``None`` takes the embedded harmless prompts.
+            References with the same prompts count once. Of answers the more tokens the better: A
+            learns from them where not to respond.
+        config: the settings; ``None`` takes the defaults.
+        processing_class: the tokenizer, needed where prompts or references hold text.
+        max_length: longest prompt, in tokens.
+        lora_config: further settings of PEFT. Its rank, layers and modules are replaced, and
+            ``lora_alpha`` follows the rank.
+        cache: folder in which the base model's answers are kept; ``None`` keeps none.
+        progress: show a progress bar.
+
+    Returns:
+        The PEFT model; only the B's are trainable.
+
+    Raises:
+        DataError: too few prompts of a kind, or a row without a prompt.
+        ConfigError: text without a tokenizer.
+        AdapterError: the modules that read the hidden states are not found, or `model` has an
+            adapter already.
+    """
+    config = config or ContrastConfig()
+    if hasattr(model, "peft_config"):
+        raise AdapterError(
+            "The model has an adapter already. `get_contrast_model` takes the bare base model; "
+            "merge or unload the other adapter first."
+        )
+    layers = _readers(model, config)
+    harmful: list[Tokens] = [
+        (_ids(row, processing_class, max_length), []) for row in _spread(prompts, config.prompts)
+    ]
+    objectives = [
+        r.prepare(model, processing_class, cache=cache) if isinstance(r, Reference) else r
+        for r in (default_references() if references is None else references)
+    ]
+    kinds = examples_by_kind(objectives, config.references)
+    for name, count in (("safety", len(harmful)), *((n, len(k)) for n, k in kinds.items())):
+        if count < FEWEST:
+            raise DataError(
+                f"A contrast adapter needs at least {FEWEST} prompts of each kind. Found "
+                f"{count} of `{name}`."
+            )
+    if not kinds:
+        raise DataError("A contrast adapter needs references: what should not be refused.")
+    readers = [name for names in layers.values() for name in names]
+    found = _inputs(model, readers, harmful, list(kinds.values()), progress=progress)
+    # By what the last of them reads, which in a transformer is the MLP's input.
+    scores = {
+        layer: separation(found[names[-1]], config.ridge, config.text_weight)
+        for layer, names in layers.items()
+    }
+    chosen = sorted(sorted(scores, key=scores.__getitem__)[-_count(layers, config) :])
+    logger.info(
+        "contrast adapter on layers %s, which tell prompts apart best (d' %.2f to %.2f)",
+        chosen,
+        min(scores[layer] for layer in chosen),
+        max(scores[layer] for layer in chosen),
+    )
+    wrapped = contrast_adapter(model, config, lora_config, chosen)
+    rows: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for layer in chosen:
+            for name in layers[layer]:
+                inputs = found[name]
+                if id(inputs) not in rows:
+                    rows[id(inputs)] = contrast_rows(
+                        inputs, config.gain, config.ridge, config.text_weight
+                    )
+                weight = wrapped.get_base_model().get_submodule(name).lora_A["default"].weight
+                weight.copy_(rows[id(inputs)].to(weight))
+    return wrapped
+
+
+def contrast_adapter(
+    model: nn.Module,
+    config: ContrastConfig,
+    lora_config: LoraConfig | None = None,
+    layers: Sequence[int] | None = None,
+) -> PeftModel:
+    """The adapter before its A is set, to plan with.
+
+    Args:
+        model: the bare base model.
+        config: the settings.
+        lora_config: as in `get_contrast_model`.
+        layers: which are adapted; ``None`` takes as many as will be, from the middle on.
+
+    Raises:
+        AdapterError: the modules that read the hidden states are not found.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    readers = _readers(model, config)
+    if layers is None:
+        layers = list(readers)[len(readers) // 2 :][: _count(readers, config)]
+    settings = LoraConfig(task_type="CAUSAL_LM") if lora_config is None else lora_config
+    wrapped = get_peft_model(
+        model,
+        replace(
+            settings,
+            r=2,
+            lora_alpha=round(2 * settings.lora_alpha / settings.r),
+            target_modules=[name for layer in layers for name in readers[layer]],
+            init_lora_weights=True,
+        ),
+    )
+    freeze_contrast(wrapped)
+    return wrapped
+
+
+def freeze_contrast(model: nn.Module) -> None:
+    """Freeze the A's of a contrast adapter that was loaded to be trained further."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(False)
+
+
+def examples_by_kind(objectives: Sequence[Objective], most: int) -> dict[str, list[Tokens]]:
+    """The references' examples that are looked at.
+
+    Args:
+        objectives: the prepared references.
+        most: examples of each.
+
+    Returns:
+        By reference, prompts with their answers. A prompt that several references have counts
+        once, under the first of them and with its longest answer.
+    """
+    answers: dict[tuple[int, ...], list[int]] = {}
+    owner: dict[tuple[int, ...], str] = {}
+    for objective in objectives:
+        for prompt, answer in objective.sequences:
+            key = tuple(prompt)
+            owner.setdefault(key, objective.name)
+            if len(answer) >= len(answers.get(key, [])):
+                answers[key] = answer
+    kinds: dict[str, list[Tokens]] = {}
+    for key, name in owner.items():
+        kinds.setdefault(name, []).append((list(key), answers[key]))
+    return {name: _spread(examples, most) for name, examples in kinds.items()}
+
+
+def _count(layers: Mapping[int, Any], config: ContrastConfig) -> int:
+    return config.layers or max(1, round(0.3 * len(layers)))
+
+
+def _readers(model: nn.Module, config: ContrastConfig) -> dict[int, list[str]]:
+    """By layer, the full names of the modules that are adapted."""
+    ends = _READERS if config.target_modules is None else config.target_modules
+    layers: dict[int, list[str]] = {}
+    for name, _ in model.named_modules():
+        number = _LAYER.search(name)
+        if number is not None and name.rsplit(".", 1)[-1] in ends:
+            layers.setdefault(int(number[1]), []).append(name)
+    if not layers:
+        raise AdapterError(
+            f"No module in a layer of the model is called {', '.join(ends)}. Name those that read "
+            "a layer's hidden states in `ContrastConfig(target_modules=...)`."
+        )
+    return dict(sorted(layers.items()))
+
+
+def _ids(row: Row, tokenizer: Any, max_length: int) -> list[int]:
+    """Token ids of a prompt."""
+    if not isinstance(row, Mapping):
+        return list(row)
+    if tokenizer is None:
+        raise ConfigError(
+            "The prompts of a contrast adapter are text, and there is no tokenizer. Pass "
+            "`processing_class=tokenizer`, or give token ids."
+        )
+    messages, _ = chat.as_messages(row, name="a safety prompt")
+    return chat.encode(tokenizer, messages, None, max_length=max_length, name="a safety prompt")[0]
+
+
+def _spread(examples: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` examples from all over: data is often sorted."""
+    step = max(1.0, len(examples) / most)
+    return [examples[int(i * step)] for i in range(min(most, len(examples)))]
+
+
+@torch.no_grad()
+def _inputs(
+    model: Any,
+    readers: Sequence[str],
+    safety: Sequence[Tokens],
+    kinds: Sequence[Sequence[Tokens]],
+    *,
+    progress: bool,
+) -> dict[str, Inputs]:
+    """What the modules `readers` read, by name, in forward passes over one example at a time.
+
+    Modules that read the same tensor share one `Inputs`.
+    """
+    now: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: now.update({name: args[0]})
+        )
+        for name in readers
+    ]
+    first: dict[str, str] = {}
+    ends: dict[str, list[list[Tensor]]] = {}
+    text: dict[str, Tensor] = {}
+    tokens = 0
+    examples = [(kind, one) for kind, part in enumerate([safety, *kinds]) for one in part]
+    title = "contrast adapter: looking at prompts"
+    try:
+        with quiet(model):
+            for kind, (prompt, answer) in track(examples, title, disable=not progress):
+                ids = torch.tensor([prompt + answer], device=model.device)
+                model.get_decoder()(input_ids=ids, use_cache=False)
+                if not first:
+                    seen: dict[int, str] = {}
+                    first = {name: seen.setdefault(id(now[name]), name) for name in readers}
+                    ends = {name: [[] for _ in range(1 + len(kinds))] for name in seen.values()}
+                end = len(prompt) - 1
+                for name, of_kinds in ends.items():
+                    rows = now[name][0].float()
+                    of_kinds[kind].append(rows[end])
+                    if kind > 0:
+                        others = torch.cat([rows[:end], rows[end + 1 :]])
+                        moment = others.T @ others
+                        text[name] = text[name] + moment if name in text else moment
+                tokens += len(prompt + answer) - 1 if kind > 0 else 0
+    finally:
+        for handle in handles:
+            handle.remove()
+    made = {
+        name: Inputs(torch.stack(of_safety), tuple(map(torch.stack, of_kinds)), text[name] / tokens)
+        for name, (of_safety, *of_kinds) in ends.items()
+    }
+    return {name: made[first[name]] for name in readers}

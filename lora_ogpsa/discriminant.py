@@ -1,0 +1,137 @@
+"""Directions of a layer's input that tell prompts apart: what `contrast` sets an adapter by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FOLDS = 4
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one layer reads, a token a row.
+
+    Attributes:
+        safety: [n, d], at the last token before the answer of prompts to be refused.
+        references: for each kind of harmless prompt the same, [m, d].
+        text: second moment [d, d] at all other tokens of the harmless prompts and their answers.
+    """
+
+    safety: Tensor
+    references: tuple[Tensor, ...]
+    text: Tensor
+
+    def split(self, fold: int) -> tuple[Inputs, Inputs]:
+        """The prompts of one fold of `_FOLDS`, and all others; the text is whole in both."""
+        own, others = [], []
+        for rows in (self.safety, *self.references):
+            inside = torch.arange(len(rows), device=rows.device) % _FOLDS == fold
+            own.append(rows[inside])
+            others.append(rows[~inside])
+        return tuple(Inputs(s, tuple(r), self.text) for s, *r in (own, others))  # type: ignore
+
+
+def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
+    r"""Fisher's linear discriminant of safety prompts and references, blind to other tokens.
+
+    .. math::
+        w = \left(\tfrac12 \Sigma_s + \tfrac12 \overline{\Sigma_r} + \alpha M_t
+            + \lambda \bar\sigma I\right)^{-1} (\mu_s - \overline{\mu_r})
+
+    with means :math:`\mu` and covariances :math:`\Sigma`, bars for the mean over the kinds of
+    references, the second moment :math:`M_t` of the text and the mean diagonal
+    :math:`\bar\sigma` (Fisher 1936; Friedman 1989 for the ridge).
+
+    Args:
+        inputs: of the layer.
+        ridge: :math:`\lambda`.
+        text_weight: :math:`\alpha`.
+
+    Returns:
+        [d], float64, of arbitrary length.
+    """
+    safety = inputs.safety.double()
+    kinds = [rows.double() for rows in inputs.references]
+    moment = text_weight * inputs.text.double() + _covariance(safety) / 2
+    for rows in kinds:
+        moment += _covariance(rows) / (2 * len(kinds))
+    harmless = torch.stack([rows.mean(0) for rows in kinds]).mean(0)
+    return _solve(moment, safety.mean(0) - harmless, ridge)
+
+
+def answer_start(inputs: Inputs, ridge: float) -> Tensor:
+    """The direction that responds to the last token of any prompt and to no other token.
+
+    Args:
+        inputs: of the layer.
+        ridge: as a share of the text's mean second moment.
+
+    Returns:
+        [d], float64, of a mean response of 1 at the ends of prompts.
+    """
+    ends = torch.cat([inputs.safety, *inputs.references]).double().mean(0)
+    found = _solve(inputs.text.double(), ends, ridge)
+    return found / (ends @ found)
+
+
+def separation(inputs: Inputs, ridge: float, text_weight: float) -> float:
+    """How well the discriminant tells prompts apart that it was not taken from (d').
+
+    Each fold of the prompts is put in order by the discriminant of the others.
+
+    Returns:
+        The difference of the means of safety prompts and references, in standard deviations; 0
+        where all prompts end alike.
+    """
+    safety, harmless = [], []
+    for fold in range(_FOLDS):
+        own, others = inputs.split(fold)
+        direction = discriminant(others, ridge, text_weight)
+        seen = torch.cat(others.references).double() @ direction
+        if seen.std() == 0:
+            return 0.0
+        safety.append((own.safety.double() @ direction - seen.mean()) / seen.std())
+        harmless.append((torch.cat(own.references).double() @ direction - seen.mean()) / seen.std())
+    high, low = torch.cat(safety), torch.cat(harmless)
+    return ((high.mean() - low.mean()) / ((high.var() + low.var()) / 2).sqrt()).item()
+
+
+def contrast_rows(inputs: Inputs, gain: float, ridge: float, text_weight: float) -> Tensor:
+    """The two rows of A: what tells safety prompts from references, and where an answer starts.
+
+    The first is zero at references on average. It responds to safety prompts `gain` times as
+    strongly as a row of A does that PEFT has drawn, and the second half as strongly.
+
+    Args:
+        inputs: of the layer.
+        gain: see above.
+        ridge: of the discriminant.
+        text_weight: of the discriminant.
+
+    Returns:
+        A [2, d], float64.
+    """
+    start = answer_start(inputs, 1.0)
+    contrast = discriminant(inputs, ridge, text_weight)
+    harmless = torch.stack([rows.double().mean(0) for rows in inputs.references]).mean(0)
+    contrast -= (harmless @ contrast) / (harmless @ start) * start
+    safety = inputs.safety.double()
+    # The entries of a row that PEFT draws have variance 1 / 3d.
+    usual = (safety.square().sum(1).mean() / (3 * safety.shape[1])).sqrt()
+    response = (safety @ contrast).square().mean().sqrt()
+    if response > 0:  # else all prompts end alike here, as in the embeddings
+        contrast *= gain * usual / response
+    return torch.stack([contrast, gain / 2 * usual * start])
+
+
+def _covariance(rows: Tensor) -> Tensor:
+    centred = rows - rows.mean(0)
+    return centred.T @ centred / len(rows)
+
+
+def _solve(moment: Tensor, target: Tensor, ridge: float) -> Tensor:
+    damping = ridge * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
+    return torch.linalg.solve(moment + damping, target)

@@ -1,0 +1,444 @@
+"""The contrast adapter: its directions against a reference, the model it makes, whole recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recipes_for_tests import HARMFUL, HARMLESS, tiny_recipe
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lora_ogpsa import (
+    OGPSA,
+    ContrastConfig,
+    OGPSAConfig,
+    Reference,
+    chat,
+    freeze_contrast,
+    get_contrast_model,
+)
+from lora_ogpsa.contrast import contrast_adapter, examples_by_kind
+from lora_ogpsa.discriminant import (
+    Inputs,
+    answer_start,
+    contrast_rows,
+    discriminant,
+    separation,
+)
+from lora_ogpsa.errors import AdapterError, ConfigError, DataError
+from lora_ogpsa.plan import make_plan
+from lora_ogpsa.recipe import parse_recipe
+from lora_ogpsa.run import RunInterrupted, run
+
+# ------------------------------------------------------------------------------- directions
+
+
+def _drawn(seed: int, d: int = 12, shift: float = 1.0) -> Inputs:
+    """Prompts that differ along the first axis, among others' noise, and text."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d, d, generator=generator) / d**0.5
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, d, generator=generator) @ mixing
+
+    common = 3 * torch.randn(d, generator=generator)
+    apart = torch.zeros(d)
+    apart[0] = shift
+    text = rows(200)
+    return Inputs(
+        rows(24) + common + apart, (rows(20) + common, rows(28) + common), text.T @ text / 200
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0))
+def test_the_discriminant_solves_fishers_equation(seed: int, ridge: float, weight: float) -> None:
+    inputs = _drawn(seed)
+    safety = inputs.safety.double().numpy()
+    kinds = [rows.double().numpy() for rows in inputs.references]
+    moment = weight * inputs.text.double().numpy() + np.cov(safety.T, bias=True) / 2
+    moment += sum(np.cov(rows.T, bias=True) for rows in kinds) / 4
+    moment += ridge * np.trace(moment) / len(moment) * np.eye(len(moment))
+    apart = safety.mean(0) - (kinds[0].mean(0) + kinds[1].mean(0)) / 2
+    expected = np.linalg.inv(moment) @ apart
+    found = discriminant(inputs, ridge, weight)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000))
+def test_directions_turn_with_the_inputs(seed: int) -> None:
+    inputs = _drawn(seed)
+    turn = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
+    turned = Inputs(
+        inputs.safety.double() @ turn,
+        tuple(rows.double() @ turn for rows in inputs.references),
+        turn.T @ inputs.text.double() @ turn,
+    )
+    rows = contrast_rows(inputs, 1.0, 0.3, 3.0) @ turn
+    # Single precision goes in.
+    torch.testing.assert_close(contrast_rows(turned, 1.0, 0.3, 3.0), rows, rtol=1e-4, atol=1e-5)
+
+
+def test_more_weight_on_text_responds_less_to_it() -> None:
+    inputs = _drawn(0)
+
+    def response(weight: float) -> float:
+        found = discriminant(inputs, 1e-6, weight).float()
+        gap = (inputs.safety @ found).mean() - (torch.cat(inputs.references) @ found).mean()
+        return float((found @ inputs.text @ found).sqrt() / gap)
+
+    assert response(30.0) < response(3.0) < response(0.1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.5, 50.0))
+def test_rows_respond_as_they_say(seed: int, gain: float) -> None:
+    inputs = _drawn(seed)
+    contrast, start = contrast_rows(inputs, gain, 0.3, 3.0)
+    safety = inputs.safety.double()
+    usual = (safety.square().sum(1).mean() / (3 * 12)).sqrt()
+    assert (safety @ contrast).square().mean().sqrt() == pytest.approx(gain * usual)
+    kinds = [(rows.double() @ contrast).mean() for rows in inputs.references]
+    assert (sum(kinds) / 2).abs() < 1e-6 * gain * usual
+    assert (safety @ contrast).mean() > 0
+    ends = torch.cat([inputs.safety, *inputs.references]).double()
+    assert (ends @ start).mean() == pytest.approx(gain * usual / 2)
+
+
+def test_the_start_of_an_answer_is_told_from_text() -> None:
+    inputs = _drawn(3)
+    found = answer_start(inputs, 1.0)
+    ends = torch.cat([inputs.safety, *inputs.references]).double()
+    assert (ends @ found).mean() == pytest.approx(1.0)
+    text = (found @ inputs.text.double() @ found).sqrt()
+    # The mean of the ends, as long, is the direction that a ridge without end would give.
+    mean = ends.mean(0) / ends.mean(0).square().sum()
+    assert text < (mean @ inputs.text.double() @ mean).sqrt()
+
+
+def test_separation_is_of_prompts_that_the_direction_has_not_seen() -> None:
+    apart, alike = _drawn(5, shift=4.0), _drawn(5, shift=0.0)
+    assert separation(apart, 0.3, 3.0) > 2
+    assert abs(separation(alike, 0.3, 3.0)) < 1
+
+
+def test_prompts_that_end_alike_give_a_row_of_zeros() -> None:
+    end = torch.randn(12)
+    alike = Inputs(end.expand(9, 12), (end.expand(8, 12), end.expand(7, 12)), torch.eye(12))
+    assert separation(alike, 0.3, 3.0) == 0.0
+    contrast, start = contrast_rows(alike, 40.0, 0.3, 3.0)
+    assert not contrast.any()
+    assert start.isfinite().all()
+
+
+def test_folds_part_all_kinds() -> None:
+    inputs = _drawn(1)
+    own, others = zip(*(inputs.split(fold) for fold in range(4)), strict=True)
+    for kind in range(3):
+
+        def rows(part: Inputs, kind: int = kind) -> Tensor:
+            return (part.safety, *part.references)[kind]
+
+        torch.testing.assert_close(
+            torch.cat([rows(part) for part in own]).sort(0).values,
+            rows(inputs).sort(0).values,
+        )
+        for part, rest in zip(own, others, strict=True):
+            assert len(rows(part)) + len(rows(rest)) == len(rows(inputs))
+            assert torch.equal(rest.text, inputs.text)
+
+
+# ------------------------------------------------------------------------------- the model
+
+_CONFIG = ContrastConfig(layers=2)
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def _prompts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return [
+        chat.encode(tokenizer, [{"role": "user", "content": text}], None, max_length=128)[0]
+        for text in texts
+    ]
+
+
+def _objectives(model: Any, tokenizer: Any) -> list[Any]:
+    rows = [{"prompt": text} for text in HARMLESS]
+    more = [{"prompt": f"{text} Please."} for text in HARMLESS]
+    return [
+        Reference("general", rows, max_new_tokens=5).prepare(model, tokenizer),
+        Reference("first", rows, max_new_tokens=1).prepare(model, tokenizer),
+        Reference("more", more, max_new_tokens=1).prepare(model, tokenizer),
+    ]
+
+
+@pytest.fixture
+def made(tiny_model: Any, tiny_tokenizer: Any) -> tuple[Any, Any, list[Any]]:
+    """A contrast adapter on two of four layers, the base it was put on, and the references."""
+    base = tiny_model(num_hidden_layers=4)
+    model = tiny_model(num_hidden_layers=4)
+    objectives = _objectives(model, tiny_tokenizer)
+    prompts = _prompts(tiny_tokenizer, HARMFUL)
+    return get_contrast_model(model, prompts, objectives, _CONFIG), base, objectives
+
+
+def test_only_b_is_trained_and_the_base_is_kept(made: Any) -> None:
+    model, base, _ = made
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 5
+    assert all(".lora_B." in name for name in trainable)
+    assert {name.rsplit(".", 4)[-4] for name in trainable} == set(READERS)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, base(ids).logits)
+
+
+def test_a_is_what_hidden_states_give(made: Any, tiny_tokenizer: Any) -> None:
+    model, base, objectives = made
+    norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+
+    def read(sequence: list[int], layer: int, part: str) -> Tensor:
+        """What the attention or the MLP of a layer reads."""
+        found = {}
+        norm = getattr(base.model.layers[layer], norms[part])
+        handle = norm.register_forward_hook(lambda m, a, out: found.update(out=out[0]))
+        with torch.no_grad():
+            base(torch.tensor([sequence]))
+        handle.remove()
+        return found["out"]
+
+    def inputs(layer: int, part: str) -> Inputs:
+        safety = [read(p, layer, part)[-1] for p in _prompts(tiny_tokenizer, HARMFUL)]
+        kinds, text = [], []
+        for objective in (objectives[0], objectives[2]):
+            whole = [(read(p + a, layer, part), len(p) - 1) for p, a in objective.sequences]
+            kinds.append(torch.stack([states[end] for states, end in whole]))
+            text += [torch.cat([states[:end], states[end + 1 :]]) for states, end in whole]
+        every = torch.cat(text)
+        return Inputs(torch.stack(safety), tuple(kinds), every.T @ every / len(every))
+
+    scores, rows = {}, {}
+    for layer in range(4):
+        parts = {part: inputs(layer, part) for part in norms}
+        scores[layer] = separation(parts["mlp"], _CONFIG.ridge, _CONFIG.text_weight)
+        for part, of_part in parts.items():
+            rows[layer, part] = contrast_rows(
+                of_part, _CONFIG.gain, _CONFIG.ridge, _CONFIG.text_weight
+            )
+    best = sorted(scores, key=scores.__getitem__)[-2:]
+    named = {n: p for n, p in model.named_parameters() if ".lora_A." in n}
+    places = {name: name.split(".layers.")[1].split(".")[:2] for name in named}
+    assert {int(layer) for layer, _ in places.values()} == set(best)
+    for name, (layer, part) in places.items():
+        expected = rows[int(layer), part].float()
+        torch.testing.assert_close(named[name], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_are_read_as_prompts(made: Any, tiny_model: Any, tiny_tokenizer: Any) -> None:
+    model, _, objectives = made
+    rows = [{"prompt": text, "completion": "No."} for text in HARMFUL]
+    references = [objective.reference for objective in objectives]
+    base = tiny_model(num_hidden_layers=4)
+    other = get_contrast_model(base, rows, references, _CONFIG, processing_class=tiny_tokenizer)
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_looking_leaves_no_trace(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    model = tiny_model().train()
+    objectives = _objectives(model, tiny_tokenizer)
+    before = torch.get_rng_state()
+    wrapped = get_contrast_model(model, _prompts(tiny_tokenizer, HARMFUL), objectives)
+    assert wrapped.training
+    hooks = [m for m in wrapped.modules() if m._forward_pre_hooks]
+    assert not hooks
+    # PEFT draws the A that is replaced; looking at the prompts draws nothing.
+    torch.set_rng_state(before)
+    contrast_adapter(tiny_model(), ContrastConfig())
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    get_contrast_model(tiny_model(), _prompts(tiny_tokenizer, HARMFUL), objectives)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_references_with_the_same_prompts_count_once(made: Any) -> None:
+    _, _, objectives = made
+    kinds = examples_by_kind(objectives, 80)
+    assert {name: len(examples) for name, examples in kinds.items()} == {"general": 4, "more": 4}
+    assert kinds["general"] == objectives[0].sequences
+    assert {len(examples) for examples in examples_by_kind(objectives, 3).values()} == {3}
+
+
+def test_training_moves_b_alone_and_can_be_taken_up_again(
+    made: Any, tmp_path: Path, tiny_model: Any
+) -> None:
+    from peft import PeftModel
+
+    model, _, objectives = made
+    a = {n: p.clone() for n, p in model.named_parameters() if ".lora_A." in n}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    OGPSA(model, optimizer, objectives, OGPSAConfig(penalty=0.5, budget=0.1))
+    ids = torch.arange(3, 40)[None]
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    named = dict(model.named_parameters())
+    assert all(torch.equal(named[name], value) for name, value in a.items())
+    assert all(p.abs().max() > 0 for n, p in named.items() if ".lora_B." in n)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(num_hidden_layers=4), tmp_path, is_trainable=True)
+    freeze_contrast(loaded)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.requires_grad == (".lora_B." in name)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_4_bit_base_will_do(tiny_4bit: Any, tiny_tokenizer: Any) -> None:
+    model = tiny_4bit(peft=False)
+    objectives = _objectives(model, tiny_tokenizer)
+    wrapped = get_contrast_model(model, _prompts(tiny_tokenizer, HARMFUL), objectives)
+    a = [p for n, p in wrapped.named_parameters() if ".lora_A." in n]
+    assert a
+    assert all(p.isfinite().all() and p.abs().max() > 0 for p in a)
+    ids = torch.arange(3, 20)[None]
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    b = [p for n, p in wrapped.named_parameters() if ".lora_B." in n]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in b)
+
+
+def test_other_models_readers_are_found(tiny_tokenizer: Any) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "pad_token_id": 2,
+    }
+    phi = contrast_adapter(Phi3ForCausalLM(Phi3Config(**sizes)), ContrastConfig())
+    assert [n for n, p in phi.named_parameters() if p.requires_grad] == [
+        f"base_model.model.model.layers.1.{name}.lora_B.default.weight"
+        for name in ("self_attn.qkv_proj", "mlp.gate_up_proj")
+    ]
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
+    with pytest.raises(AdapterError, match="target_modules"):
+        contrast_adapter(neox, ContrastConfig(target_modules=("w1",)))
+    named = contrast_adapter(neox, ContrastConfig(target_modules=("dense_h_to_4h",), layers=2))
+    assert sum(p.requires_grad for p in named.parameters()) == 2
+
+
+def test_bad_input_is_named(made: Any, tiny_model: Any, tiny_tokenizer: Any) -> None:
+    model, base, objectives = made
+    prompts = _prompts(tiny_tokenizer, HARMFUL)
+    with pytest.raises(AdapterError, match="an adapter already"):
+        get_contrast_model(model, prompts, objectives)
+    with pytest.raises(DataError, match="Found 2 of `safety`"):
+        get_contrast_model(base, prompts[:2], objectives)
+    few = Reference("few", [{"prompt": "Hi."}], max_new_tokens=1).prepare(base, tiny_tokenizer)
+    with pytest.raises(DataError, match="Found 1 of `few`"):
+        get_contrast_model(base, prompts, [few])
+    with pytest.raises(DataError, match="needs references"):
+        get_contrast_model(base, prompts, [])
+    texts = [{"prompt": text} for text in HARMFUL]
+    with pytest.raises(ConfigError, match="processing_class"):
+        get_contrast_model(base, texts, objectives)
+    with pytest.raises(DataError, match="a safety prompt: no conversation found"):
+        get_contrast_model(base, [{"text": "x"}], objectives, processing_class=tiny_tokenizer)
+    with pytest.raises(DataError, match="a safety prompt: the prompt has"):
+        get_contrast_model(base, texts, objectives, processing_class=tiny_tokenizer, max_length=4)
+    for settings_, said in (
+        ({"prompts": 2}, "`prompts` should be at least 4"),
+        ({"layers": 0}, "`layers` should be at least 1"),
+        ({"gain": 0.0}, "`gain` should be above 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            ContrastConfig(**settings_)
+
+
+# ------------------------------------------------------------------------------- recipes
+
+
+def _adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_recipe_trains_it_beside_a_usual_adapter(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(
+        tmp_path,
+        tiny_folder,
+        load_in_4bit=True,
+        contrast={"layers": 1},
+        compare=True,
+        merge="float32",
+        stages=[{"trainer": "sft"}, {"trainer": "dpo", "rejected": "base"}],
+        rejected_max_new_tokens=4,
+    )
+    recipe = parse_recipe(raw)
+    assert recipe.adapter == "contrast adapter (plain training: LoRA rank 4)"
+    run(recipe)
+    out = tmp_path / "out"
+    first, second = (_adapter(out / "runs/ogpsa" / n / "adapter") for n in ("1-sft", "2-dpo"))
+    assert len(first) == 2 * len(READERS)
+    for name, value in first.items():
+        assert value.shape[0 if ".lora_A." in name else 1] == 2
+        assert torch.equal(second[name], value) == (".lora_A." in name)
+    plain = _adapter(out / "runs/plain/1-sft/adapter")
+    assert len(plain) == 28
+    facts = json.loads((out / "adapter/ogpsa_run.json").read_text())
+    assert ContrastConfig(**facts["contrast"]) == recipe.contrast
+    assert "Contrast adapter" in (out / "adapter/README.md").read_text()
+    assert json.loads((out / "merged/merge_report.json").read_text())
+
+
+def test_an_interrupted_run_goes_on_with_the_same_adapter(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe(name: str) -> Any:
+        raw = tiny_recipe(
+            tmp_path / name, tiny_folder, contrast=True, evaluation=False, save_steps=1
+        )
+        return parse_recipe(raw)
+
+    run(recipe("whole"))
+    from lora_ogpsa.console import StepDisplay
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepDisplay, "on_step_end", stop)
+        with pytest.raises(RunInterrupted):
+            run(recipe("cut"))
+    run(recipe("cut"), resume=True)
+    whole, cut = (_adapter(tmp_path / name / "out/adapter") for name in ("whole", "cut"))
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value)
+
+
+def test_plans_and_mistakes_in_recipes(tmp_path: Path, tiny_folder: Path) -> None:
+    recipe = parse_recipe(tiny_recipe(tmp_path, tiny_folder, contrast={"layers": 1}))
+    plan = make_plan(recipe)
+    assert plan.size is not None
+    assert plan.size.adapter == 2 * (64 + 2 * 32 + 2 * 128)  # B of the five modules of a layer
+    for contrast, said in (
+        ({"layer": 2}, "unknown key `layer`. Did you mean `layers`"),
+        ({"gain": -1.0}, "`gain` should be above 0"),
+        ({"layers": "two"}, "`layers` should be"),
+        ("yes", "`contrast` should be"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parse_recipe(tiny_recipe(tmp_path, tiny_folder, contrast=contrast))
+    with pytest.raises(ConfigError, match="DoRA"):
+        parse_recipe(tiny_recipe(tmp_path, tiny_folder, contrast=True, use_dora=True))
