@@ -107,14 +107,7 @@ def get_contrast_model(
         for r in (default_references() if references is None else references)
     ]
     kinds = examples_by_kind(objectives, config.references)
-    for name, count in (("safety", len(harmful)), *((n, len(k)) for n, k in kinds.items())):
-        if count < FEWEST:
-            raise DataError(
-                f"A contrast adapter needs at least {FEWEST} prompts of each kind. Found "
-                f"{count} of `{name}`."
-            )
-    if not kinds:
-        raise DataError("A contrast adapter needs references: what should not be refused.")
+    _check_counts({"the safety prompts": harmful, **kinds})
     readers = [name for names in layers.values() for name in names]
     found = _inputs(model, readers, harmful, list(kinds.values()), progress=progress)
     # By what the last of them reads, which in a transformer is the MLP's input.
@@ -130,17 +123,7 @@ def get_contrast_model(
         max(scores[layer] for layer in chosen),
     )
     wrapped = contrast_adapter(model, config, lora_config, chosen)
-    rows: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for layer in chosen:
-            for name in layers[layer]:
-                inputs = found[name]
-                if id(inputs) not in rows:
-                    rows[id(inputs)] = contrast_rows(
-                        inputs, config.gain, config.ridge, config.text_weight
-                    )
-                weight = wrapped.get_base_model().get_submodule(name).lora_A["default"].weight
-                weight.copy_(rows[id(inputs)].to(weight))
+    _set_rows(wrapped, {name: found[name] for n in chosen for name in layers[n]}, config)
     return wrapped
 
 
@@ -231,6 +214,33 @@ def _readers(model: nn.Module, config: ContrastConfig) -> dict[int, list[str]]:
             "a layer's hidden states in `ContrastConfig(target_modules=...)`."
         )
     return dict(sorted(layers.items()))
+
+
+def _check_counts(kinds: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse to take a direction from too little.
+
+    Raises:
+        DataError: a kind has too few prompts, or there are no references.
+    """
+    if len(kinds) == 1:
+        raise DataError("A contrast adapter needs references: what should not be refused.")
+    for name, examples in kinds.items():
+        if len(examples) < FEWEST:
+            raise DataError(
+                f"A contrast adapter needs at least {FEWEST} prompts of each kind. Found "
+                f"{len(examples)} of {name}."
+            )
+
+
+@torch.no_grad()
+def _set_rows(model: Any, inputs: Mapping[str, Inputs], config: ContrastConfig) -> None:
+    """Set every A from what its module reads; modules that read the same share their rows."""
+    rows: dict[int, Tensor] = {}
+    for name, read in inputs.items():
+        if id(read) not in rows:
+            rows[id(read)] = contrast_rows(read, config.gain, config.ridge, config.text_weight)
+        weight = model.get_base_model().get_submodule(name).lora_A["default"].weight
+        weight.copy_(rows[id(read)].to(weight))
 
 
 def _ids(row: Row, tokenizer: Any, max_length: int) -> list[int]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _FOLDS = 4
+# How much it counts that the kinds of references, of different form, are responded to alike.
+_ALIKE = 8.0
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,13 @@ def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     r"""Fisher's linear discriminant of safety prompts and references, blind to other tokens.
 
     .. math::
-        w = \left(\tfrac12 \Sigma_s + \tfrac12 \overline{\Sigma_r} + \alpha M_t
+        w = \left(\tfrac12 \Sigma_s + \tfrac12 \overline{\Sigma_r} + 8 \Sigma_k + \alpha M_t
             + \lambda \bar\sigma I\right)^{-1} (\mu_s - \overline{\mu_r})
 
     with means :math:`\mu` and covariances :math:`\Sigma`, bars for the mean over the kinds of
-    references, the second moment :math:`M_t` of the text and the mean diagonal
-    :math:`\bar\sigma` (Fisher 1936; Friedman 1989 for the ridge).
+    references, the covariance :math:`\Sigma_k` of their means, the second moment :math:`M_t` of
+    the text and the mean diagonal :math:`\bar\sigma` (Fisher 1936; Friedman 1989 for the ridge).
+    :math:`\Sigma_k` keeps the form of a prompt, a question or a command, out of the direction.
 
     Args:
         inputs: of the layer.
@@ -58,8 +61,9 @@ def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     moment = text_weight * inputs.text.double() + _covariance(safety) / 2
     for rows in kinds:
         moment += _covariance(rows) / (2 * len(kinds))
-    harmless = torch.stack([rows.mean(0) for rows in kinds]).mean(0)
-    return _solve(moment, safety.mean(0) - harmless, ridge)
+    means = torch.stack([rows.mean(0) for rows in kinds])
+    moment += _ALIKE * _covariance(means)
+    return _solve(moment, safety.mean(0) - means.mean(0), ridge)
 
 
 def answer_start(inputs: Inputs, ridge: float) -> Tensor:

@@ -65,6 +65,7 @@ def test_the_discriminant_solves_fishers_equation(seed: int, ridge: float, weigh
     kinds = [rows.double().numpy() for rows in inputs.references]
     moment = weight * inputs.text.double().numpy() + np.cov(safety.T, bias=True) / 2
     moment += sum(np.cov(rows.T, bias=True) for rows in kinds) / 4
+    moment += 8 * np.cov(np.stack([rows.mean(0) for rows in kinds]).T, bias=True)
     moment += ridge * np.trace(moment) / len(moment) * np.eye(len(moment))
     apart = safety.mean(0) - (kinds[0].mean(0) + kinds[1].mean(0)) / 2
     expected = np.linalg.inv(moment) @ apart
@@ -343,10 +344,10 @@ def test_bad_input_is_named(made: Any, tiny_model: Any, tiny_tokenizer: Any) -> 
     prompts = _prompts(tiny_tokenizer, HARMFUL)
     with pytest.raises(AdapterError, match="an adapter already"):
         get_contrast_model(model, prompts, objectives)
-    with pytest.raises(DataError, match="Found 2 of `safety`"):
+    with pytest.raises(DataError, match="Found 2 of the safety prompts"):
         get_contrast_model(base, prompts[:2], objectives)
     few = Reference("few", [{"prompt": "Hi."}], max_new_tokens=1).prepare(base, tiny_tokenizer)
-    with pytest.raises(DataError, match="Found 1 of `few`"):
+    with pytest.raises(DataError, match="Found 1 of few"):
         get_contrast_model(base, prompts, [few])
     with pytest.raises(DataError, match="needs references"):
         get_contrast_model(base, prompts, [])
