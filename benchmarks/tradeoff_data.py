@@ -132,11 +132,10 @@ class Source:
                 look-alikes held to the first token of them; ``"shared_first"``, the same with half
                 of the weight of a general answer on its first token; ``"both_forms"``, the shared
                 ones and general prompts held to the first token as look-alikes are, since they are
-                commands and look-alikes questions; ``"some_forms"``, the same with the first
-                tokens of general prompts a third as often; ``"datasets"``, the data sets' own
-                answers as in the paper (with the embedded data, which has none: the base
-                model's, by likelihood); or a list of `Reference` arguments whose ``data`` may be a
-                name in `FILES`.
+                commands and look-alikes questions; ``"datasets"``, the data sets' own answers as
+                in the paper (with the embedded data, which has none: the base model's, by
+                likelihood); or a list of `Reference` arguments whose ``data`` may be a name in
+                `FILES`.
         """
         if not isinstance(wanted, str):
             return [
@@ -144,9 +143,8 @@ class Source:
                 for row in wanted
             ]
         embedded = "embedded:harmless"
-        if wanted in ("both_forms", "some_forms"):
+        if wanted == "both_forms":
             in_folder = self.folder is not None
-            less = {"share": 1} if wanted == "some_forms" else {}
             ordinary: dict[str, Any] = {
                 "data": self.path("general") if in_folder else embedded,
                 "kind": "alpaca" if in_folder else "general",
@@ -154,7 +152,7 @@ class Source:
             }
             return [
                 Reference("general", **ordinary),
-                Reference("general_first", **{**ordinary, **_FIRST_TOKEN, **less}),
+                Reference("general_first", **{**ordinary, **_FIRST_TOKEN}),
                 Reference("lookalike", embedded, kind="lookalike", limit=80, **_FIRST_TOKEN),
             ]
         general = {"first_tokens": 1} if wanted == "shared_first" else {}

@@ -75,13 +75,24 @@ class Spent:
 
     Attributes:
         seconds: on the clock.
-        token_passes: tokens that went through the model, padding included, once for a forward and
-            once for a backward. On a small model and a large GPU, where every pass takes the same
-            time whatever is in it, this says more than a clock.
+        layer_passes: tokens that went through a layer, padding included, once for a forward and
+            once for a backward, which ends below the first layer with an adapter; summed over the
+            layers.
+        layers: of the model.
     """
 
     seconds: float = 0.0
-    token_passes: int = 0
+    layer_passes: int = 0
+    layers: int = 1
+
+    @property
+    def token_passes(self) -> float:
+        """Passes of tokens through the whole model.
+
+        On a small model and a large GPU, where every pass takes the same time whatever is in it,
+        this says more than a clock.
+        """
+        return self.layer_passes / self.layers
 
     @contextmanager
     def on(self, training: Training) -> Iterator[None]:
@@ -96,15 +107,18 @@ class Spent:
     @contextmanager
     def tokens_of(self, model: nn.Module) -> Iterator[None]:
         """Count tokens alone, of a model with or without an adapter."""
-        handle = base_of(model).get_decoder().register_forward_hook(self._count)
+        layers = base_of(model).get_decoder().layers
+        self.layers = len(layers)
+        handles = [layer.register_forward_hook(self._count) for layer in layers]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _count(self, module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0]
-        self.token_passes += hidden[..., 0].numel() * (2 if hidden.requires_grad else 1)
+        hidden = output[0] if isinstance(output, tuple) else output
+        self.layer_passes += hidden[..., 0].numel() * (2 if hidden.requires_grad else 1)
 
 
 def run_stage(

@@ -59,8 +59,9 @@ def summarise(cells: Sequence[Cell], margin: float = MARGIN) -> dict[str, Any]:
     safety (``harmful_gap`` tells). Plain training is compared at its end; stopping it early is the
     row ``early_stop``, scaling its adapter down ``scaled_adapter``. Where plain training did not
     make the model safer, there is no safety to match and no seed counts.
-    ``run_overhead`` is what a method adds to the seconds of training, ``compute_overhead`` to the
-    tokens that pass through the model.
+    ``run_overhead`` is what a method adds to the seconds of its own training, ``compute_overhead``
+    to the tokens that pass through the model. An adapter that begins in a middle layer trains
+    faster than plain training's: ``train_overhead`` compares the seconds in all.
 
     Args:
         cells: of one setting, the base model's among them.
@@ -169,10 +170,11 @@ def _compared(
             _mean([metrics for metrics, _ in matched]),
         )
     compared: dict[str, Any] = {}
-    counts = [(c.get("token_passes"), plain[c["seed"]].get("token_passes")) for c in own]
-    if all(count and of_plain for count, of_plain in counts):
-        shares = [count / of_plain for count, of_plain in counts]
-        compared["compute_overhead"] = sum(shares) / len(shares) - 1
+    for name, spent in (("compute_overhead", "token_passes"), ("train_overhead", "train_seconds")):
+        counts = [(c.get(spent), plain[c["seed"]].get(spent)) for c in own]
+        if all(count and of_plain for count, of_plain in counts):
+            shares = [count / of_plain for count, of_plain in counts]
+            compared[name] = sum(shares) / len(shares) - 1
     return {
         **compared,
         "matched": len(matched) / len(own),

@@ -15,19 +15,17 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from lora_ogpsa import Reference, chat, data
+from lora_ogpsa import Reference, chat, data, get_contrast_model
 from lora_ogpsa.answers import base_mode
 from lora_ogpsa.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import separability
 import tradeoff
 import tradeoff_cells
 import tradeoff_stages
 from rivals import METHODS, Method, ogpsa_method
 from rivals.base import ReferenceStream
-from rivals.contrast import PROMPTS
 from rivals.surgery import agem
 from tradeoff_data import FILES, HELD_OUT, Source
 from tradeoff_stages import Spent, StageSettings, run_stage
@@ -118,7 +116,7 @@ def test_every_method_trains_and_not_as_plain_does(
         pytest.importorskip("attr")
     after = parameters(trained(name, stage)[0])
     assert after.isfinite().all()
-    if METHODS[name].kind not in ("corda", "contrast", "aimed"):  # whose beginning needs references
+    if METHODS[name].kind not in ("corda", "contrast"):  # whose beginning needs references
         torch.manual_seed(0)
         before = parameters(METHODS[name].build().wrap(tiny_model(), [], 0))
         assert not torch.equal(after, before)
@@ -136,9 +134,9 @@ def test_the_budget_of_reference_passes_is_the_same_for_all(
         pytest.importorskip("attr")
     _, rival = trained(name)
     # An interval schedule takes the same whole number of examples at each of two refreshes.
-    # These take some before training, forward alone: the contrast as many again, `aimed` all.
+    # The contrast adapter looks at all of so few before training, forward alone.
     all_of_them = sum(len(objective) for objective in objectives)
-    before = {"contrast": STEPS, "aimed": all_of_them}.get(METHODS[name].kind, 0)
+    before = all_of_them if METHODS[name].kind == "contrast" else 0
     assert abs(rival.passes - before - STEPS) <= 1
     assert rival.extra_seconds > 0
 
@@ -174,94 +172,21 @@ def test_corda_is_measured_against_the_original_base(
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_contrast_reads_what_sets_safety_prompts_apart(
+def test_contrast_is_the_librarys(
     stage: str,
     tiny_model: Callable[..., Any],
     rows: dict[str, list[Any]],
     objectives: list[Any],
     trained: Callable[..., Any],
 ) -> None:
-    base = tiny_model()
-    ids = torch.arange(1, 9)[None]
-    expected = base(ids).logits
-    rival = METHODS["contrast"].build()
-    rival.see(rows[stage])
-    model = rival.wrap(base, objectives, 12)
-    torch.testing.assert_close(model(ids).logits, expected)  # B is zero
-    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
-    # The second of two layers, and what reads the residual stream in it.
-    assert {name.split("layers.")[1] for name in layers} == {
-        *(f"1.self_attn.{q}_proj" for q in "qkv"),
-        *("1.mlp.gate_proj", "1.mlp.up_proj"),
-    }
     prompts = [row[0][0] if stage == "dpo" else row[0] for row in rows[stage]]
-    for layer in layers.values():
-        seen: list[torch.Tensor] = []
-        handle = layer.register_forward_pre_hook(lambda _, a, kept=seen: kept.append(a[0][0, -1]))
-        for prompt in [*prompts, *(o.sequences[i][0] for o in objectives for i in range(6))]:
-            model(torch.tensor([prompt]))
-        handle.remove()
-        safety, references = torch.stack(seen).split([len(prompts), 12])
-        contrast, offset = layer.lora_A["default"].weight.detach()
-        for row, wanted in (
-            (contrast, separability.direction(safety, references, 1.0)),
-            (offset, references.mean(0)),
-        ):
-            cosine = torch.nn.functional.cosine_similarity(row.double(), wanted.double(), dim=0)
-            assert cosine.item() == pytest.approx(1, abs=1e-5)
+    expected = get_contrast_model(tiny_model(), prompts, objectives)
     after, _ = trained("contrast", stage)
     factors = {name: p for name, p in after.named_parameters() if "lora_" in name}
     assert all(p.requires_grad == ("lora_B" in name) for name, p in factors.items())
-
-
-def test_aimed_begins_blind_to_references(
-    tiny_model: Callable[..., Any], rows: dict[str, list[Any]], objectives: list[Any]
-) -> None:
-    ids = torch.arange(1, 9)[None]
-    found = {}
-    for name in ("aimed", "aimed_slow"):
-        rival = METHODS[name].build()
-        rival.see(rows["sft"])
-        model = rival.wrap(tiny_model(), objectives, 12)
-        torch.testing.assert_close(model(ids).logits, tiny_model()(ids).logits)  # B is zero
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-        assert all(where.endswith("mlp.up_proj") for where in layers)
-        layer = list(layers.values())[-1]
-        weight = layer.lora_A["default"].weight
-        assert weight.requires_grad == (name == "aimed_slow")
-        found[name] = layer.scaling["default"] * weight.detach()
-    # However slowly A learns, the same B changes the model alike.
-    torch.testing.assert_close(found["aimed"], found["aimed_slow"])
-
-    def read(sequences: list[list[int]], last: bool) -> torch.Tensor:
-        seen: list[torch.Tensor] = []
-        handle = layer.register_forward_pre_hook(
-            lambda _, args: seen.append(args[0][0, -1:] if last else args[0][0])
-        )
-        for sequence in sequences:
-            model(torch.tensor([sequence]))
-        handle.remove()
-        return torch.cat(seen).detach().double()
-
-    general, lookalikes = (objective.sequences for objective in objectives)
-    safety = read([prompt for prompt, _ in rows["sft"]], last=True)
-    parts = [
-        read([prompt for prompt, _ in lookalikes], last=True),
-        read([prompt for prompt, _ in general], last=True),
-        read([prompt + answer for prompt, answer in general], last=False),
-    ]
-    moment = sum(part.T @ part / len(part) for part in parts) / 3
-    moment.diagonal().add_(moment.diagonal().mean())  # the ridge
-
-    def merit(rows_of_a: torch.Tensor) -> torch.Tensor:
-        """Response to safety prompts against that to references."""
-        return (safety @ rows_of_a.T).square().mean(0) / ((rows_of_a @ moment) * rows_of_a).sum(1)
-
-    row = found["aimed"].double()
-    torch.manual_seed(0)
-    nearby = row + 0.1 * row.norm() * torch.randn(500, row.shape[1]).double() / row.shape[1] ** 0.5
-    assert merit(nearby).max() <= merit(row)
-    assert (safety @ row.T).mean() > 0
+    for name, parameter in expected.named_parameters():
+        if "lora_A" in name:
+            torch.testing.assert_close(factors[name], parameter)
 
 
 def test_osf_begins_at_the_base_model(tiny_model: Callable[..., Any]) -> None:
@@ -378,7 +303,7 @@ def test_command_writes_results_and_resumes(
     wanted |= {"harmful_gap", "reference_passes", "run_overhead"}
     assert wanted <= set(report["summary"]["default"])
     assert "over_refusal" in report["summary"]["default"]["tax_removed"]
-    assert report["summary"]["default"]["reference_passes"] == pytest.approx(1.0)
+    assert report["summary"]["tight"]["reference_passes"] == pytest.approx(1.0)
     assert report["summary"]["kl_penalty_1_first"]["best_of_grid"] is True
     cell = next(c for c in report["cells"] if c["method"] == "default")
     assert [(p["stage"], p["step"]) for p in cell["points"]] == [
@@ -419,8 +344,11 @@ def test_jobs_give_the_cells_of_one_process(command: list[str], tmp_path: Path) 
     assert [c["points"] for c in together["cells"]] == [c["points"] for c in alone["cells"]]
     assert len(together["cells"]) == 3
     plain, default = (together["summary"][name] for name in ("plain", "default"))
-    assert plain["compute_overhead"] == 0.0
+    assert plain["compute_overhead"] == plain["train_overhead"] == 0.0
     assert default["compute_overhead"] > 0.0
+    seconds = {cell["method"]: cell.get("train_seconds") for cell in together["cells"]}
+    ratio = seconds["default"] / seconds["plain"]
+    assert default["train_overhead"] == pytest.approx(ratio - 1)
 
 
 def test_refused_ordinary_requests_are_a_tax_where_they_are_measured(
@@ -482,7 +410,7 @@ def test_other_strengths_are_measured_without_training_again(
         }
 
     # Adapters of three kinds: trained whole, one half of them fixed, evaluated as another.
-    methods = ["--methods", "plain", "aimed", "mica"]
+    methods = ["--methods", "plain", "contrast", "mica"]
     tradeoff.main([*command, *methods, "--strengths", "0.5", "2"])
     before = strengths()
     monkeypatch.setattr(tradeoff_cells, "run_stage", None)
@@ -528,12 +456,29 @@ def test_strengths_grow_until_the_model_is_as_safe_as_can_be_asked_for(
 
 
 def test_tokens_that_pass_before_training_are_counted(command: list[str], tmp_path: Path) -> None:
-    tradeoff.main([*command, "--methods", "plain", "aimed_slow"])
+    whole = 'whole={"contrast": {"layers": 2, "prompts": 4, "references": 80}}'
+    less = 'less={"contrast": {"layers": 2, "prompts": 4, "references": 4}}'
+    tradeoff.main([*command, "--methods", "plain", "--ogpsa", whole, less])
     report = json.loads((tmp_path / "tradeoff.json").read_text())
-    plain, aimed = (cell["token_passes"] for cell in report["cells"][1:])
-    # Forwards over PROMPTS prompts each of the safety data, look-alikes and general references;
-    # what training itself adds is two reference examples.
-    assert aimed > plain + 3 * PROMPTS * 20
+    count = {cell["method"]: cell["token_passes"] for cell in report["cells"][1:]}
+    # Forwards over the look-alikes and general references; training itself adds the same.
+    assert count["whole"] > count["less"] + 2 * 70 * 20
+    assert count["less"] > count["plain"]
+
+
+@pytest.mark.parametrize(("layer", "passes"), [(0, 2.0), (1, 1.5)])
+def test_a_backward_counts_down_to_the_first_adapter(
+    layer: int, passes: float, tiny_peft: Callable[..., Any]
+) -> None:
+    model = tiny_peft(layers_to_transform=[layer], target_modules=["up_proj"])
+    spent = Spent()
+    ids = torch.arange(20).view(2, 10)
+    with spent.tokens_of(model):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert spent.token_passes == passes * 20
+    with spent.tokens_of(model), torch.no_grad():
+        model(ids)
+    assert spent.token_passes == (passes + 1) * 20
 
 
 def test_a_cell_that_fails_does_not_take_the_others_with_it(

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_ogpsa import OGPSAConfig
-from rivals.aimed import AimedRival
+from lora_ogpsa import ContrastConfig, OGPSAConfig
 from rivals.base import Rival
 from rivals.contrast import ContrastRival
 from rivals.ewc import EwcRival
@@ -31,7 +30,6 @@ KINDS: dict[str, type[Rival]] = {
     "osf": OsfRival,
     "mica": MicaRival,
     "contrast": ContrastRival,
-    "aimed": AimedRival,
 }
 
 
@@ -62,19 +60,22 @@ class Method:
         settings = dict(self.settings)
         if issubclass(KINDS[self.kind], OgpsaRival):
             settings["settings"] = OGPSAConfig.from_dict(settings.get("settings", {})).to_dict()
+        if self.kind == "contrast":
+            settings["contrast"] = ContrastConfig(**settings.get("contrast", {})).to_dict()
         return {"kind": self.kind, **settings}
 
 
 def ogpsa_method(name: str, settings: Mapping[str, Any], description: str = "") -> Method:
     """A rule by its `OGPSAConfig` settings.
 
-    `references` among them says on which references, `adapter` with which arguments of `Rival`.
+    `references` among them says on which references, `adapter` with which arguments of `Rival`,
+    `contrast` with which settings of a contrast adapter.
     """
-    rule = {k: v for k, v in settings.items() if k not in ("references", "adapter")}
+    own = ("references", "adapter", "contrast")
+    rule = {k: v for k, v in settings.items() if k not in own}
     made_of = {"settings": rule, "references": settings.get("references", "shared")}
-    if "adapter" in settings:
-        made_of["adapter"] = settings["adapter"]
-    return Method(name, "ogpsa", made_of, description)
+    made_of |= {k: settings[k] for k in ("adapter", "contrast") if k in settings}
+    return Method(name, "contrast" if "contrast" in settings else "ogpsa", made_of, description)
 
 
 FIRST_TOKEN_WEIGHT = OGPSAConfig().first_token_weight
@@ -207,31 +208,10 @@ _ALL = [
         for rule, title in (("agem", "A-GEM"), ("pcgrad", "PCGrad"))
         for loss, what in (("distill", "their answers' NLL"), ("kl", "KL from the base model"))
     ),
-    Method(
+    ogpsa_method(
         "contrast",
-        "contrast",
-        {"references": "both_forms"},
-        "the default rule; A fixed along what tells safety prompts from references",
-    ),
-    Method(
-        "contrast_pen",
-        "contrast",
-        {"settings": {"budget": 0.1, "penalty": 0.5}, "references": "both_forms"},
-        "`contrast` under a tighter budget and with a penalty",
-    ),
-    *(
-        Method(
-            name,
-            "aimed",
-            {
-                "settings": {"budget": 0.05, "penalty": 1.0},
-                "references": "some_forms",
-                "slowness": slowness,
-            },
-            f"rank 1 on up-projections, blind to references at first; A {what}",
-            "aimed",
-        )
-        for name, slowness, what in (("aimed", None, "fixed"), ("aimed_slow", 60.0, "learns too"))
+        {"budget": 0.1, "penalty": 0.5, "references": "both_forms", "contrast": {}},
+        "a contrast adapter, under a tighter budget and with a penalty",
     ),
     Method("corda", "corda", {}, "CorDA initialisation, knowledge-preserved mode"),
     Method("osf", "osf", {"trained": 16}, "OSF, 16 smallest singular directions trained", "osf"),
