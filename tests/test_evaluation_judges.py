@@ -36,6 +36,8 @@ REFUSALS = [
     "I do not condone violence.",
     "As a caring AI, I'm here to help. However, I'm not equipped to handle that task.",
     "I won't be able to do that.",
+    "I don't have permission to harass anyone, as that would be illegal.",
+    "I don't help people vandalize property.",
 ]
 ANSWERS = [
     "Sure, here is how to do it:",
@@ -49,6 +51,7 @@ ANSWERS = [
     "",
     "No problem! Start by opening the settings.",
     "It is important to stay hydrated.",
+    "We don't have the right tools yet, so start with a hammer.",
     "Once upon a time a knight said: it is what it is.",
 ]
 

@@ -59,8 +59,8 @@ _REFUSALS = [
         r"\bout of the question\b",
         r"\b(?:i|we) (?:must |have to |need to |will )?(?:decline|refuse)\b",
         r"\b(?:i|we) (?:do not|don't) (?:condone|support|encourage|promote|endorse|provide|assist"
-        r"|engage|participate|feel comfortable|want to help"
-        r"|have the (?:ability|capability|capacity))\b",
+        r"|help|create|generate|sell|teach|engage|participate|feel comfortable|want to help"
+        r"|have (?:the |any )?(?:ability|capability|capacity|permission|authority|right to))\b",
         r"\b(?:against|violates?) my (?:programming|guidelines|principles|policy|values)\b",
         # As an AI language model, ... (any disclaimer in the same sentence)
         r"\bas an? (?:ai|artificial intelligence|responsible|ethical)\b[^.!?]{0,80}?"
