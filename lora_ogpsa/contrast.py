@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from lora_ogpsa import chat
-from lora_ogpsa.capture import quiet
 from lora_ogpsa.contrast_config import FEWEST, ContrastConfig
 from lora_ogpsa.discriminant import Inputs, contrast_rows, separation
 from lora_ogpsa.errors import AdapterError, ConfigError, DataError
+from lora_ogpsa.hidden_states import Tokens, read_inputs
 from lora_ogpsa.reference import Objective, Reference, default_references
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ _READERS = (
 )
 _LAYER = re.compile(r"\.(\d+)\.")
 
-Tokens = tuple[list[int], list[int]]
 Row = Mapping[str, Any] | Sequence[int]
 
 
@@ -109,7 +107,7 @@ def get_contrast_model(
     kinds = examples_by_kind(objectives, config.references)
     _check_counts({"the safety prompts": harmful, **kinds})
     readers = [name for names in layers.values() for name in names]
-    found = _inputs(model, readers, harmful, list(kinds.values()), progress=progress)
+    found = read_inputs(model, readers, harmful, list(kinds.values()), progress=progress)
     # By what the last of them reads, which in a transformer is the MLP's input.
     scores = {
         layer: separation(found[names[-1]], config.ridge, config.text_weight)
@@ -260,57 +258,3 @@ def _spread(examples: Sequence[Any], most: int) -> list[Any]:
     """At most `most` examples from all over: data is often sorted."""
     step = max(1.0, len(examples) / most)
     return [examples[int(i * step)] for i in range(min(most, len(examples)))]
-
-
-@torch.no_grad()
-def _inputs(
-    model: Any,
-    readers: Sequence[str],
-    safety: Sequence[Tokens],
-    kinds: Sequence[Sequence[Tokens]],
-    *,
-    progress: bool,
-) -> dict[str, Inputs]:
-    """What the modules `readers` read, by name, in forward passes over one example at a time.
-
-    Modules that read the same tensor share one `Inputs`.
-    """
-    now: dict[str, Tensor] = {}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: now.update({name: args[0]})
-        )
-        for name in readers
-    ]
-    first: dict[str, str] = {}
-    ends: dict[str, list[list[Tensor]]] = {}
-    text: dict[str, Tensor] = {}
-    tokens = 0
-    examples = [(kind, one) for kind, part in enumerate([safety, *kinds]) for one in part]
-    title = "contrast adapter: looking at prompts"
-    try:
-        with quiet(model):
-            for kind, (prompt, answer) in track(examples, title, disable=not progress):
-                ids = torch.tensor([prompt + answer], device=model.device)
-                model.get_decoder()(input_ids=ids, use_cache=False)
-                if not first:
-                    seen: dict[int, str] = {}
-                    first = {name: seen.setdefault(id(now[name]), name) for name in readers}
-                    ends = {name: [[] for _ in range(1 + len(kinds))] for name in seen.values()}
-                end = len(prompt) - 1
-                for name, of_kinds in ends.items():
-                    rows = now[name][0].float()
-                    of_kinds[kind].append(rows[end])
-                    if kind > 0:
-                        others = torch.cat([rows[:end], rows[end + 1 :]])
-                        moment = others.T @ others
-                        text[name] = text[name] + moment if name in text else moment
-                tokens += len(prompt + answer) - 1 if kind > 0 else 0
-    finally:
-        for handle in handles:
-            handle.remove()
-    made = {
-        name: Inputs(torch.stack(of_safety), tuple(map(torch.stack, of_kinds)), text[name] / tokens)
-        for name, (of_safety, *of_kinds) in ends.items()
-    }
-    return {name: made[first[name]] for name in readers}

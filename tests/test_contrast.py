@@ -23,6 +23,7 @@ from lora_ogpsa import (
     chat,
     freeze_contrast,
     get_contrast_model,
+    hidden_states,
 )
 from lora_ogpsa.contrast import contrast_adapter, examples_by_kind
 from lora_ogpsa.discriminant import (
@@ -267,6 +268,37 @@ def test_looking_leaves_no_trace(tiny_model: Any, tiny_tokenizer: Any) -> None:
     torch.set_rng_state(before)
     get_contrast_model(tiny_model(), _prompts(tiny_tokenizer, HARMFUL), objectives)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_common_beginning_passes_once(
+    tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    references = examples_by_kind(_objectives(model, tiny_tokenizer), 80)
+    system = _prompts(tiny_tokenizer, ["Be brief. " * 5])[0]
+    safety = [(system + prompt, []) for prompt in _prompts(tiny_tokenizer, [*HARMFUL, HARMFUL[0]])]
+    kinds = [[(system + p, a) for p, a in examples] for examples in references.values()]
+    readers = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    passed = []
+    model.model.layers[0].register_forward_hook(lambda m, a, out: passed.append(a[0].shape[:2]))
+
+    def read() -> dict[str, Inputs]:
+        passed.clear()
+        return hidden_states.read_inputs(model, readers, safety, kinds, progress=False)
+
+    shared = read()
+    assert passed[0][1] >= len(system)
+    assert all(length < len(system) for _, length in passed[1:])
+    # The prompt that is there twice passes once.
+    assert sum(rows for rows, _ in passed[1:]) == len(HARMFUL) + sum(map(len, kinds))
+    monkeypatch.setattr(hidden_states, "_can_be_repeated", lambda cache: False)
+    whole = read()
+    for name, inputs in whole.items():
+        assert torch.equal(inputs.safety[0], inputs.safety[-1])
+        torch.testing.assert_close(shared[name].safety, inputs.safety, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(shared[name].text, inputs.text, rtol=1e-4, atol=1e-5)
+        for one, two in zip(shared[name].references, inputs.references, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_references_with_the_same_prompts_count_once(made: Any) -> None:
