@@ -87,7 +87,9 @@ class OGPSAConfig:
             stream.
         refresh_every: optimizer steps between refreshes. Default: 1 streaming, 20 at intervals.
         references_per_refresh: reference examples per refresh: of the one reference whose turn
-            it is when streaming, over all references at intervals. Default: 1 and 16.
+            it is when streaming, over all references at intervals. Default: 3 and 16. With one
+            example a step the mean gradients are mostly noise, and corrections along them hold
+            training back without keeping the references.
         reference_batch_size: examples per backward pass of a refresh.
         early_refreshes: steps at which an interval schedule refreshes besides its own. LoRA's
             B is zero at first, so A's gradients appear only after the first step.
@@ -116,6 +118,7 @@ class OGPSAConfig:
             shares, as of the last refresh) is added to the training gradient (0 is off). The
             optimizer's momentum then works against drift too, and the constraint has less to
             correct. It costs no reference pass. Update space, and not for ``orthogonal``.
+            Default: 0.25 for ``budget``, else 0.
         restoration: strength in [0, 1] of a step back to the base model's reference losses at
             each refresh (0 is off). The budget constraint has its own (``recovery``).
         restoration_cap: the restoration step is at most this many typical optimizer steps long.
@@ -152,7 +155,7 @@ class OGPSAConfig:
     budget: float = 0.2
     recovery: float = 1.0
     max_correction: float = 1.0
-    penalty: float = 0.0
+    penalty: float | None = None
     restoration: float = 0.0
     restoration_cap: float = 2.0
     first_token_weight: float | None = None
@@ -255,11 +258,14 @@ class OGPSAConfig:
         if self.refresh_every is None:
             self._set("refresh_every", 1 if streaming else 20)
         if self.references_per_refresh is None:
-            self._set("references_per_refresh", 1 if streaming else 16)
+            self._set("references_per_refresh", 3 if streaming else 16)
         if self.decay is None:
             self._set("decay", 0.8 if streaming else 0.0)
         if self.sketch_size is None:
             self._set("sketch_size", 2 * self.rank if isinstance(self.rank, int) else None)
+        if self.penalty is None:
+            steps = self.constraint == "budget" and self.space == "update"
+            self._set("penalty", 0.25 if steps else 0.0)
         if self.first_token_weight is None:
             self._set("first_token_weight", 0.33 if self.constraint == "budget" else 0.0)
 
@@ -362,7 +368,7 @@ class OGPSAConfig:
                 "`restoration` acts at an interval refresh, on freshly measured losses; use "
                 "`refresh='interval'`, or `constraint='budget'` when streaming."
             )
-        if self.penalty > 0 and (self.space == "gradient" or self.constraint == "orthogonal"):
+        if self.penalty and (self.space == "gradient" or self.constraint == "orthogonal"):
             problems.append(
                 "`penalty` adds mean reference gradients to those of training, which "
                 "`space='gradient'` and `constraint='orthogonal'` take out again; use it with "

@@ -32,12 +32,12 @@ class ContrastConfig:
         ConfigError: a value is out of range.
     """
 
-    prompts: int = 200
+    prompts: int = 800
     references: int = 80
     layers: int | None = None
     target_modules: tuple[str, ...] | None = None
     gain: float = 40.0
-    ridge: float = 1.0
+    ridge: float = 0.3
     text_weight: float = 3.0
 
     def __post_init__(self) -> None:

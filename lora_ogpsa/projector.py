@@ -245,7 +245,7 @@ class OGPSA:
     def _penalise(self, optimizer: Any) -> None:
         """Add the reference losses' mean gradient to the training gradient."""
         shares = torch.tensor([o.reference.share for o in self.estimator.objectives])
-        weights = self.config.penalty * shares / shares.sum()
+        weights = (self.config.penalty or 0.0) * shares / shares.sum()
         flat = weights.to(self.space.device) @ self.estimator.means
         # Under a GradScaler a fused optimizer divides by the scale itself.
         scale = getattr(optimizer, "grad_scale", None)

@@ -212,11 +212,15 @@ def default_references() -> list[Reference]:
 
     General requests and harmless look-alikes of harmful ones, each held to the base model's own
     answers. Whether to refuse is decided at the first token of an answer, so look-alikes are held
-    there alone: it is the sharpest signal, and the shortest example.
+    there alone: it is the sharpest signal, and the shortest example. General requests are commands
+    and look-alikes questions, so both are: else the form of a prompt would decide.
     """
+    general: dict[str, Any] = {"data": "embedded:harmless", "kind": "general"}
+    first: dict[str, Any] = {"max_new_tokens": 1, "share": 3}
     return [
-        Reference("general", "embedded:harmless", kind="general"),
-        Reference("lookalike", "embedded:harmless", kind="lookalike", max_new_tokens=1, share=3),
+        Reference("general", **general),
+        Reference("general_first", **general, **first),
+        Reference("lookalike", "embedded:harmless", kind="lookalike", **first),
     ]
 
 

@@ -41,11 +41,11 @@ BUILT = {
             name,
             {
                 **METHODS[name].settings["settings"],
-                "references": METHODS[name].settings["references"],
+                **{k: v for k, v in METHODS[name].settings.items() if k != "settings"},
                 "budget": 0.0,
             },
         )
-        for name in ("default", "mean_loss", "general_first")
+        for name in ("default", "one_example", "usual_adapter")
     },
 }
 
@@ -124,7 +124,9 @@ def test_every_method_trains_and_not_as_plain_does(
     assert name == "plain" or after.shape != plain.shape or not torch.equal(after, plain)
 
 
-@pytest.mark.parametrize("name", [n for n in TRAINED if METHODS[n].build().references])
+@pytest.mark.parametrize(
+    "name", [n for n in TRAINED if METHODS[n].build().references and n != "contrast_alone"]
+)
 def test_the_budget_of_reference_passes_is_the_same_for_all(
     name: str, trained: Callable[..., Any], objectives: list[Any]
 ) -> None:
@@ -149,7 +151,7 @@ def test_plain_training_has_no_extra_cost(trained: Callable[..., Any]) -> None:
 
 def test_methods_of_a_seed_begin_with_the_same_adapter(tiny_model: Callable[..., Any]) -> None:
     found = []
-    for name in ("plain", "default", "replay_1"):
+    for name in ("plain", "usual_adapter", "replay_1"):
         torch.manual_seed(3)
         found.append(parameters(METHODS[name].build().wrap(tiny_model(), [], 0)))
     assert torch.equal(found[0], found[1])
@@ -181,7 +183,7 @@ def test_contrast_is_the_librarys(
 ) -> None:
     prompts = [row[0][0] if stage == "dpo" else row[0] for row in rows[stage]]
     expected = get_contrast_model(tiny_model(), prompts, objectives)
-    after, _ = trained("contrast", stage)
+    after, _ = trained("default", stage)
     factors = {name: p for name, p in after.named_parameters() if "lora_" in name}
     assert all(p.requires_grad == ("lora_B" in name) for name, p in factors.items())
     for name, parameter in expected.named_parameters():
@@ -303,7 +305,7 @@ def test_command_writes_results_and_resumes(
     wanted |= {"harmful_gap", "reference_passes", "run_overhead"}
     assert wanted <= set(report["summary"]["default"])
     assert "over_refusal" in report["summary"]["default"]["tax_removed"]
-    assert report["summary"]["tight"]["reference_passes"] == pytest.approx(1.0)
+    assert report["summary"]["tight"]["reference_passes"] == pytest.approx(3.0)
     assert report["summary"]["kl_penalty_1_first"]["best_of_grid"] is True
     cell = next(c for c in report["cells"] if c["method"] == "default")
     assert [(p["stage"], p["step"]) for p in cell["points"]] == [
@@ -410,7 +412,7 @@ def test_other_strengths_are_measured_without_training_again(
         }
 
     # Adapters of three kinds: trained whole, one half of them fixed, evaluated as another.
-    methods = ["--methods", "plain", "contrast", "mica"]
+    methods = ["--methods", "plain", "default", "mica"]
     tradeoff.main([*command, *methods, "--strengths", "0.5", "2"])
     before = strengths()
     monkeypatch.setattr(tradeoff_cells, "run_stage", None)

@@ -131,7 +131,8 @@ def test_default_callback_protects_with_the_embedded_prompts(tiny_peft, tiny_tok
     )
     callback.attach(trainer)
     trainer.train()
-    assert [o.name for o in callback.ogpsa.estimator.objectives] == ["general", "lookalike"]
+    names = [o.name for o in callback.ogpsa.estimator.objectives]
+    assert names == ["general", "general_first", "lookalike"]
     assert all(len(o) >= 80 for o in callback.ogpsa.estimator.objectives)
 
 
@@ -181,7 +182,7 @@ def test_trainer_with_and_without_an_idle_constraint_are_identical(tiny_peft, tm
         model = tiny_peft(warm=True, lora_dropout=0.1)
         trainer = Trainer(model, arguments(tmp_path), train_dataset=token_dataset())
         if protected:
-            idle = OGPSAConfig(budget=1e6, first_token_weight=0)
+            idle = OGPSAConfig(budget=1e6, penalty=0, first_token_weight=0)
             OGPSACallback(idle, [Reference("b", token_rows(6), loss="kl")]).attach(trainer)
         trainer.train()
         return model

@@ -14,10 +14,10 @@ def test_defaults_resolve_to_the_streamed_budget():
     assert (config.refresh, config.refresh_every, config.references_per_refresh) == (
         "stream",
         1,
-        1,
+        3,
     )
     assert config.sketch_size == 2 * config.rank
-    assert config.first_token_weight == 0.33
+    assert (config.first_token_weight, config.penalty) == (0.33, 0.25)
 
 
 def test_orthogonal_resolves_to_intervals_per_adapter():
@@ -30,6 +30,7 @@ def test_orthogonal_resolves_to_intervals_per_adapter():
     assert config.references_per_refresh == 16
     assert config.decay == 0.0
     assert config.first_token_weight == 0.0
+    assert config.penalty == 0.0
 
 
 def test_paper_preset_is_the_published_rule():

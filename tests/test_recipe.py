@@ -30,7 +30,7 @@ def test_minimal_recipe_takes_the_defaults() -> None:
     (stage,) = recipe.stages
     assert (stage.name, stage.trainer, stage.argument("seed")) == ("sft", "sft", 42)
     assert stage.ogpsa is not None and stage.ogpsa.constraint == "budget"
-    assert [r.name for r in stage.references] == ["general", "lookalike"]
+    assert [r.name for r in stage.references] == ["general", "general_first", "lookalike"]
     assert recipe.evaluation is not None and "harmful" in recipe.evaluation.measures
     assert recipe.arms == ["ogpsa"] and recipe.merge is None
     assert recipe.model["lora_target_modules"] == "all-linear" and recipe.model["lora_r"] == 16
@@ -159,7 +159,7 @@ def test_stages_override_the_top_level() -> None:
     # A stage's section replaces the shared one; the two are not mixed.
     assert second.ogpsa is not None and second.ogpsa.budget == 0.2
     assert third.ogpsa is None
-    assert [r.name for r in second.references] == ["mine"] and len(third.references) == 2
+    assert [r.name for r in second.references] == ["mine"] and len(third.references) == 3
     assert recipe.arms == ["ogpsa"]
 
 

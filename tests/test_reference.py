@@ -195,7 +195,7 @@ def test_settings_are_checked_by_name(values, named):
 
 def test_default_references_are_the_embedded_prompts(tiny_peft, tiny_tokenizer):
     references = default_references()
-    assert [r.name for r in references] == ["general", "lookalike"]
+    assert [r.name for r in references] == ["general", "general_first", "lookalike"]
     assert all(r.loss == "kl" and r.data == "embedded:harmless" for r in references)
 
 

@@ -90,6 +90,14 @@ _RESTORING = {
     "restoration": 1.0,
 }
 
+# One refresh, which corrects nothing.
+_UNPROTECTED = {
+    "budget": 1e6,
+    "penalty": 0.0,
+    "refresh_every": 1_000_000,
+    "references_per_refresh": 1,
+}
+
 _RANK1 = {"rank": 1, "target_modules": ["up_proj"]}
 _RANK1_FASTER = {**_RANK1, "learning_rate": 6.0}
 
@@ -113,16 +121,25 @@ _ALL = [
         _RANK1_FASTER,
         "the same at 6 times the learning rate",
     ),
-    ogpsa_method("default", {}, "this library's default rule"),
     ogpsa_method(
-        "mean_loss",
-        {"first_token_weight": 0.0},
-        "the default, without a share of its own for first answer tokens",
+        "default",
+        {"references": "both_forms", "contrast": {}},
+        "this library's default rule on a contrast adapter, as in its recipes",
     ),
     ogpsa_method(
-        "general_first",
-        {"references": "shared_first"},
-        "the default, half of the weight of general references on their first token",
+        "one_example",
+        {"references": "both_forms", "contrast": {}, "references_per_refresh": 1},
+        "the default with one reference example a step",
+    ),
+    ogpsa_method(
+        "contrast_alone",
+        {"references": "both_forms", "contrast": {}, **_UNPROTECTED},
+        "plain training of the default's adapter",
+    ),
+    ogpsa_method(
+        "usual_adapter",
+        {"references": "both_forms"},
+        "the default rule on LoRA, r = 16 on all linear layers",
     ),
     ogpsa_method(
         "paper",
@@ -163,6 +180,21 @@ _ALL = [
             {"weight": weight, "loss": "kl", "first_token_weight": FIRST_TOKEN_WEIGHT},
             f"the same at weight {weight:g}, first answer tokens weighed as in `default`",
             "kl_penalty_first",
+        )
+        for weight in (0.3, 1.0)
+    ),
+    *(
+        Method(
+            f"kl_penalty_{weight:g}_default",
+            "penalty",
+            {
+                "weight": weight,
+                "loss": "kl",
+                "first_token_weight": FIRST_TOKEN_WEIGHT,
+                "references": "both_forms",
+            },
+            f"the same at weight {weight:g} on the references of `default`",
+            "kl_penalty_default",
         )
         for weight in (0.3, 1.0)
     ),
@@ -207,11 +239,6 @@ _ALL = [
         )
         for rule, title in (("agem", "A-GEM"), ("pcgrad", "PCGrad"))
         for loss, what in (("distill", "their answers' NLL"), ("kl", "KL from the base model"))
-    ),
-    ogpsa_method(
-        "contrast",
-        {"budget": 0.1, "penalty": 0.5, "references": "both_forms", "contrast": {}},
-        "a contrast adapter, under a tighter budget and with a penalty",
     ),
     Method("corda", "corda", {}, "CorDA initialisation, knowledge-preserved mode"),
     Method("osf", "osf", {"trained": 16}, "OSF, 16 smallest singular directions trained", "osf"),

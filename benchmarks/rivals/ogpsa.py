@@ -12,7 +12,7 @@ from rivals.base import Rival, Training
 class OgpsaRival(Rival):
     """Training with OGPSA's optimizer hooks (arXiv 2602.07892; DESIGN of this library).
 
-    Interval schedules get as many examples per refresh as the budget of passes allows.
+    A refresh gets as many examples as the budget of passes allows, where the settings do not say.
 
     Args:
         settings: of `OGPSAConfig`.
@@ -34,13 +34,16 @@ class OgpsaRival(Rival):
         """Attach the hooks, with a clock around them."""
         settings = {**self.settings, "seed": training.seed}
         config = OGPSAConfig.from_dict(settings)
-        if config.refresh == "interval" and "references_per_refresh" not in settings:
+        if "references_per_refresh" not in settings:
+            every = config.refresh_every or 1
             refreshes = sum(
-                step % (config.refresh_every or 1) == 0 or step in config.early_refreshes
+                step % every == 0
+                or (config.refresh == "interval" and step in config.early_refreshes)
                 for step in range(training.steps)
             )
             share = round(training.passes * training.steps / refreshes)
-            settings["references_per_refresh"] = max(len(training.objectives), share)
+            least = len(training.objectives) if config.refresh == "interval" else 1
+            settings["references_per_refresh"] = max(least, share)
         self._marks: list[float] = []
         mark = lambda *_: self._marks.append(training.now())  # noqa: E731
         hooks = training.optimizer

@@ -29,6 +29,7 @@ class PenaltyRival(StreamedRival):
         first_token_weight: as in `OGPSAConfig`, so that a rule which has it is not compared with
             rivals that go without.
         adapter: as in `StreamedRival`.
+        references: a name of `Source.references`.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class PenaltyRival(StreamedRival):
         loss: str,
         first_token_weight: float = 0.0,
         adapter: Mapping[str, Any] | None = None,
+        references: str = "shared",
     ) -> None:
         super().__init__(loss, adapter)
+        self.references = references
         self.weight = weight
         self.first_token_weight = first_token_weight
 
