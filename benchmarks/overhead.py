@@ -1,13 +1,13 @@
 """What OGPSA adds to the time of a training step and of a whole run, measured side by side.
 
-    python benchmarks/overhead.py --repeats 4                      # SmolLM2-135M on the CPU
-    python benchmarks/overhead.py --device cuda --shape 8b --repeats 4   # random NF4, 4 x 1,024
+    python benchmarks/overhead.py --repeats 7                      # SmolLM2-135M on the CPU
+    python benchmarks/overhead.py --device cuda --shape 8b --repeats 7   # random NF4, 4 x 1,024
     python benchmarks/overhead.py --markdown                       # tables of all results so far
 
 Plain and projected steps alternate on one model and one batch. `step_overhead` is what the hooks
 add to `optimizer.step()` without a refresh (orthogonal rule, k = 16), as a share of a plain step;
 `run_overhead` is a run at the default settings against plain training, refreshes included; the
-default's references come in turns of four steps, so repeats should be a multiple of four. Rules
+default's references come in turns of seven steps, so repeats should be a multiple of seven. Rules
 that refresh at intervals are put together from a measured refresh and a measured step.
 
 Results go to benchmarks/results/overhead_<device>_<shape>.json.
@@ -59,13 +59,17 @@ def model_and_references(options: argparse.Namespace) -> tuple[Any, dict[str, li
     else:
         shape = common.SHAPES[options.shape]
         model, tokenizer = common.with_lora(common.random_nf4_llama(shape, device)), None
-        # As long as the default's own, whose look-alikes answer with one token and come thrice.
+        # As long as the default's own, of which two answer with one token and come thrice.
         prompt = min(44, options.length // 2)
-        general, lookalike = (
+        general, first = (
             common.token_rows(shape["vocab"], options.references, prompt, answer)
             for answer in (min(32, options.length // 2), 1)
         )
-        kl = [Reference("general", general), Reference("lookalike", lookalike, share=3)]
+        kl = [
+            Reference("general", general),
+            Reference("general_first", first, share=3),
+            Reference("lookalike", first, share=3),
+        ]
         sft = [Reference("general", general * 2, loss="sft", first_tokens=None)]
     prepared = {
         loss: [r.prepare(model, tokenizer, cache=cache_dir()) for r in references]

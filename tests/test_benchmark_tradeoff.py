@@ -45,7 +45,7 @@ BUILT = {
                 "budget": 0.0,
             },
         )
-        for name in ("default", "one_example", "usual_adapter")
+        for name in ("default", "contrast", "contrast_one")
     },
 }
 
@@ -151,7 +151,7 @@ def test_plain_training_has_no_extra_cost(trained: Callable[..., Any]) -> None:
 
 def test_methods_of_a_seed_begin_with_the_same_adapter(tiny_model: Callable[..., Any]) -> None:
     found = []
-    for name in ("plain", "usual_adapter", "replay_1"):
+    for name in ("plain", "default", "replay_1"):
         torch.manual_seed(3)
         found.append(parameters(METHODS[name].build().wrap(tiny_model(), [], 0)))
     assert torch.equal(found[0], found[1])
@@ -183,7 +183,7 @@ def test_contrast_is_the_librarys(
 ) -> None:
     prompts = [row[0][0] if stage == "dpo" else row[0] for row in rows[stage]]
     expected = get_contrast_model(tiny_model(), prompts, objectives)
-    after, _ = trained("default", stage)
+    after, _ = trained("contrast", stage)
     factors = {name: p for name, p in after.named_parameters() if "lora_" in name}
     assert all(p.requires_grad == ("lora_B" in name) for name, p in factors.items())
     for name, parameter in expected.named_parameters():
@@ -412,7 +412,7 @@ def test_other_strengths_are_measured_without_training_again(
         }
 
     # Adapters of three kinds: trained whole, one half of them fixed, evaluated as another.
-    methods = ["--methods", "plain", "default", "mica"]
+    methods = ["--methods", "plain", "contrast", "mica"]
     tradeoff.main([*command, *methods, "--strengths", "0.5", "2"])
     before = strengths()
     monkeypatch.setattr(tradeoff_cells, "run_stage", None)

@@ -121,25 +121,21 @@ _ALL = [
         _RANK1_FASTER,
         "the same at 6 times the learning rate",
     ),
+    ogpsa_method("default", {"references": "both_forms"}, "this library's default rule"),
     ogpsa_method(
-        "default",
+        "contrast",
         {"references": "both_forms", "contrast": {}},
-        "this library's default rule on a contrast adapter, as in its recipes",
+        "the default on a contrast adapter",
     ),
     ogpsa_method(
-        "one_example",
+        "contrast_one",
         {"references": "both_forms", "contrast": {}, "references_per_refresh": 1},
-        "the default with one reference example a step",
+        "the same with one reference example a step",
     ),
     ogpsa_method(
         "contrast_alone",
         {"references": "both_forms", "contrast": {}, **_UNPROTECTED},
-        "plain training of the default's adapter",
-    ),
-    ogpsa_method(
-        "usual_adapter",
-        {"references": "both_forms"},
-        "the default rule on LoRA, r = 16 on all linear layers",
+        "plain training of a contrast adapter",
     ),
     ogpsa_method(
         "paper",
