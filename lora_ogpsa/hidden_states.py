@@ -52,7 +52,8 @@ def read_inputs(
     ends: dict[str, list[Tensor]] = {}
     text: dict[str, Tensor] = {}
     tokens = 0
-    with quiet(model), _Reading(model, readers) as reading:
+    # Under gradient checkpointing a layer leaves the cache empty.
+    with quiet(model, checkpointing=False), _Reading(model, readers) as reading:
         reading.begin([prompt for prompt, _ in examples])
         start = reading.start
         references = sum(map(len, kinds))
@@ -122,7 +123,7 @@ class _Reading:
             return
         ids = torch.tensor([prompts[0][:start]], device=self._model.device)
         cache = getattr(self._decoder(input_ids=ids, use_cache=True), "past_key_values", None)
-        if not _can_be_repeated(cache):
+        if not _can_be_repeated(cache, start):
             return
         self.start, self._cache = start, cache
         self.beginning = {name: read[0].float() for name, read in self._read().items()}
@@ -151,8 +152,12 @@ class _Reading:
         return {name: self._now[name] for name in dict.fromkeys(self.first.values())}
 
 
-def _can_be_repeated(cache: Any) -> bool:
-    """Whether it holds nothing but keys and values of every token."""
+def _can_be_repeated(cache: Any, tokens: int) -> bool:
+    """Whether it holds nothing but keys and values, of every token."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    return isinstance(cache, DynamicCache) and all(type(c) is DynamicLayer for c in cache.layers)
+    return (
+        isinstance(cache, DynamicCache)
+        and cache.get_seq_length() == tokens
+        and all(type(layer) is DynamicLayer for layer in cache.layers)
+    )
