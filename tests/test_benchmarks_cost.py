@@ -52,7 +52,7 @@ def test_overhead(run):
 
 
 def test_capture(run):
-    name, report, table = run("capture", *TINY, "--batch", "3")
+    name, report, table = run("capture", *TINY, "--batch", "3", "--precision", "float32")
     assert name == "capture_cpu_tiny.json"
     assert report["summary"]["relative_error_of_the_sum"] < 1e-5
     assert report["peak_bytes"]["ordinary"] > 0
