@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor
 
+from lora_ogpsa import chat
 from lora_ogpsa.capture import quiet
 from lora_ogpsa.discriminant import Inputs
 
@@ -42,41 +43,37 @@ def read_inputs(
     Returns:
         By name; modules that read the same tensor share one `Inputs`.
     """
-    groups = [safety, *kinds]
-    places: dict[tuple[tuple[int, ...], ...], list[tuple[int, int]]] = {}
-    for kind, group in enumerate(groups):
-        for row, (prompt, answer) in enumerate(group):
-            places.setdefault((tuple(prompt), tuple(answer)), []).append((kind, row))
-    examples = sorted(places, key=lambda example: sum(map(len, example)))
+    groups = [[(tuple(p), tuple(a)) for p, a in group] for group in (safety, *kinds)]
+    references = {example for group in groups[1:] for example in group}
+    distinct = dict.fromkeys(example for group in groups for example in group)
+    examples = sorted(distinct, key=lambda example: sum(map(len, example)))
     batches = [examples[i : i + _BATCH] for i in range(0, len(examples), _BATCH)]
     ends: dict[str, list[Tensor]] = {}
-    text: dict[str, Tensor] = {}
-    tokens = 0
     # Under gradient checkpointing a layer leaves the cache empty.
     with quiet(model, checkpointing=False), _Reading(model, readers) as reading:
         reading.begin([prompt for prompt, _ in examples])
         start = reading.start
-        references = sum(map(len, kinds))
-        for name, rows in reading.beginning.items():
-            text[name] = references * rows.T @ rows
-        tokens += references * start
+        text: dict[str, Any] = {
+            name: len(references) * rows.T @ rows for name, rows in reading.beginning.items()
+        }
+        tokens = len(references) * start
         for batch in track(batches, "contrast adapter: looking at prompts", disable=not progress):
-            read = reading.go_on([prompt + answer for prompt, answer in batch])
-            for at, example in enumerate(batch):
-                end, size = len(example[0]) - 1 - start, sum(map(len, example)) - start
-                is_text = any(kind > 0 for kind, _ in places[example])
-                tokens += (size - 1) * is_text
-                for name, of_batch in read.items():
-                    rows = of_batch[at].float()
-                    if name not in ends:
-                        ends[name] = [rows.new_empty(len(g), rows.shape[-1]) for g in groups]
-                    for kind, row in places[example]:
-                        ends[name][kind][row] = rows[end]
-                    if is_text:
-                        others = torch.cat([rows[:end], rows[end + 1 : size]])
-                        moment = others.T @ others
-                        text[name] = text[name] + moment if name in text else moment
-    made = {name: Inputs(s, tuple(r), text[name] / tokens) for name, (s, *r) in ends.items()}
+            inputs = chat.collate([(list(p), list(a)) for p, a in batch], pad_id=0)
+            end = [len(prompt) - 1 - start for prompt, _ in batch]
+            is_text = inputs["attention_mask"][:, start:].bool()
+            is_text[range(len(batch)), end] = False
+            is_text[[example not in references for example in batch]] = False
+            tokens += int(is_text.sum())
+            for name, read in reading.go_on(inputs).items():
+                ends.setdefault(name, []).append(read[range(len(batch)), end].float())
+                others = read[is_text.to(read.device)].float()
+                text[name] = text.get(name, 0) + others.T @ others
+    place = {example: row for row, example in enumerate(examples)}
+    made = {}
+    for name, parts in ends.items():
+        rows = torch.cat(parts)
+        of_safety, *of_kinds = (rows[[place[e] for e in group]] for group in groups)
+        made[name] = Inputs(of_safety, tuple(of_kinds), text[name] / tokens)
     return {name: made[first] for name, first in reading.first.items()}
 
 
@@ -128,21 +125,18 @@ class _Reading:
         self.start, self._cache = start, cache
         self.beginning = {name: read[0].float() for name, read in self._read().items()}
 
-    def go_on(self, sequences: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
-        """What is read [B, T, d] at the tokens of `sequences` after `start`, padded at the end."""
-        longest = max(map(len, sequences))
-        padded = [[*ids, *[0] * (longest - len(ids))] for ids in sequences]
-        mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences]
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor(padded, device=self._model.device)[:, self.start :],
-            "attention_mask": torch.tensor(mask, device=self._model.device),
+    def go_on(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is read [B, T, d] after `start` by a batch as `chat.collate` pads it."""
+        given: dict[str, Any] = {
+            "input_ids": inputs["input_ids"][:, self.start :].to(self._model.device),
+            "attention_mask": inputs["attention_mask"].to(self._model.device),
         }
         if self._cache is not None:
             # A pass writes into it.
             cache = copy.deepcopy(self._cache)
-            cache.batch_repeat_interleave(len(sequences))
-            inputs["past_key_values"] = cache
-        self._decoder(**inputs, use_cache=self._cache is not None)
+            cache.batch_repeat_interleave(len(inputs["input_ids"]))
+            given["past_key_values"] = cache
+        self._decoder(**given, use_cache=self._cache is not None)
         return self._read()
 
     def _read(self) -> dict[str, Tensor]:

@@ -171,26 +171,20 @@ _ALL = [
     ),
     *(
         Method(
-            f"kl_penalty_{weight:g}_first",
-            "penalty",
-            {"weight": weight, "loss": "kl", "first_token_weight": FIRST_TOKEN_WEIGHT},
-            f"the same at weight {weight:g}, first answer tokens weighed as in `default`",
-            "kl_penalty_first",
-        )
-        for weight in (0.3, 1.0)
-    ),
-    *(
-        Method(
-            f"kl_penalty_{weight:g}_default",
+            f"kl_penalty_{weight:g}_{name}",
             "penalty",
             {
                 "weight": weight,
                 "loss": "kl",
                 "first_token_weight": FIRST_TOKEN_WEIGHT,
-                "references": "both_forms",
+                **references,
             },
-            f"the same at weight {weight:g} on the references of `default`",
-            "kl_penalty_default",
+            f"the same at weight {weight:g}, {what} as in `default`",
+            f"kl_penalty_{name}",
+        )
+        for name, references, what in (
+            ("first", {}, "first answer tokens weighed"),
+            ("default", {"references": "both_forms"}, "first answer tokens and references"),
         )
         for weight in (0.3, 1.0)
     ),
