@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,12 @@ class Source:
         digest = hashlib.sha256()
         for file in FILES.values():
             digest.update((self.folder / file).read_bytes())
-        mixed = f"+{self.embedded_share:g}-embedded" if self.embedded_share else ""
-        return f"folder-{digest.hexdigest()[:12]}{mixed}"
+        name = f"folder-{digest.hexdigest()[:12]}"
+        if not self.embedded_share:
+            return name
+        rows = json.dumps(data.load_rows("embedded:safety_sft"))
+        own = hashlib.sha256(rows.encode()).hexdigest()[:12]
+        return f"{name}+{self.embedded_share:g}-embedded-{own}"
 
     def path(self, name: str) -> str:
         """The file called `name` in `FILES`; other names stand for themselves."""
