@@ -2,9 +2,10 @@
 
 An ordinary adapter begins with a random A and has to learn from refusals alone what to refuse,
 which is learnt too broadly. The base model knows already: in its middle layers one direction tells
-harmful prompts from look-alikes. Here A is set to that direction, from forward passes over some
-prompts before training, and only B is trained. What the adapter adds is then next to nothing on
-other text, and its reference gradients, outer products with A's response, are small from the start.
+harmful prompts from look-alikes. Here A is set to that direction, and to one that responds to the
+safety answers, from forward passes over some prompts before training, and only B is trained. What
+the adapter adds is then next to nothing on other text, and its reference gradients, outer products
+with A's response, are small from the start.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ _READERS = (
     *("gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "fc1", "c_fc"),
 )
 _LAYER = re.compile(r"\.(\d+)\.")
+_NEARLY = 0.95  # of the best score
 
-Row = Mapping[str, Any] | Sequence[int]
+Row = Mapping[str, Any] | Sequence[int] | tuple[Sequence[int], Sequence[int]]
 
 
 def get_contrast_model(
@@ -53,7 +55,7 @@ def get_contrast_model(
     cache: Path | None = None,
     progress: bool = False,
 ) -> PeftModel:
-    """Put a LoRA adapter of rank 2 on `model` whose A is set from prompts and frozen.
+    """Put a LoRA adapter of rank 3 on `model` whose A is set from prompts and frozen.
 
     In the manner of ``peft.get_peft_model``; train what it returns as any PEFT model, with OGPSA
     attached. It takes forward passes only, so the base may be quantised. ::
@@ -68,8 +70,9 @@ def get_contrast_model(
 
     Args:
         model: the bare base model.
-        prompts: what should be refused: rows as `Reference` takes them, whose answers are not
-            looked at, or token ids of prompts that are ready for the answer.
+        prompts: what should be refused, with the answers that are to be learnt: rows as
+            `Reference` takes them, or tuples of the token ids of a prompt and of its answer. Where
+            there are prompts alone, or lists of their token ids, the adapter has rank 2.
         references: what should not be refused; ``None`` takes the embedded harmless prompts.
             References with the same prompts count once. Of answers the more tokens the better: A
             learns from them where not to respond.
@@ -97,8 +100,9 @@ def get_contrast_model(
             "merge or unload the other adapter first."
         )
     layers = _readers(model, config)
-    harmful: list[Tokens] = [
-        (_ids(row, processing_class, max_length), []) for row in _spread(prompts, config.prompts)
+    harmful = [
+        _tokens(row, processing_class, max_length, config.answer_tokens)
+        for row in _spread(prompts, config.prompts)
     ]
     objectives = [
         r.prepare(model, processing_class, cache=cache) if isinstance(r, Reference) else r
@@ -113,14 +117,16 @@ def get_contrast_model(
         layer: separation(found[names[-1]], config.ridge, config.text_weight)
         for layer, names in layers.items()
     }
-    chosen = sorted(sorted(scores, key=scores.__getitem__)[-_count(layers, config) :])
+    chosen = _first_good_run(scores, _count(layers, config))
     logger.info(
-        "contrast adapter on layers %s, which tell prompts apart best (d' %.2f to %.2f)",
-        chosen,
+        "contrast adapter on layers %d to %d, which tell prompts apart (d' %.2f to %.2f)",
+        chosen[0],
+        chosen[-1],
         min(scores[layer] for layer in chosen),
         max(scores[layer] for layer in chosen),
     )
-    wrapped = contrast_adapter(model, config, lora_config, chosen)
+    rank = 3 if any(answer for _, answer in harmful) else 2
+    wrapped = contrast_adapter(model, config, lora_config, chosen, rank)
     _set_rows(wrapped, {name: found[name] for n in chosen for name in layers[n]}, config)
     return wrapped
 
@@ -130,6 +136,7 @@ def contrast_adapter(
     config: ContrastConfig,
     lora_config: LoraConfig | None = None,
     layers: Sequence[int] | None = None,
+    rank: int | None = None,
 ) -> PeftModel:
     """The adapter before its A is set, to plan with.
 
@@ -138,6 +145,7 @@ def contrast_adapter(
         config: the settings.
         lora_config: as in `get_contrast_model`.
         layers: which are adapted; ``None`` takes as many as will be, from the middle on.
+        rank: rows of A; ``None`` takes those that there are where safety prompts have answers.
 
     Raises:
         AdapterError: the modules that read the hidden states are not found.
@@ -148,12 +156,13 @@ def contrast_adapter(
     if layers is None:
         layers = list(readers)[len(readers) // 2 :][: _count(readers, config)]
     settings = LoraConfig(task_type="CAUSAL_LM") if lora_config is None else lora_config
+    rank = rank or (3 if config.answer_tokens else 2)
     wrapped = get_peft_model(
         model,
         replace(
             settings,
-            r=2,
-            lora_alpha=round(2 * settings.lora_alpha / settings.r),
+            r=rank,
+            lora_alpha=round(rank * settings.lora_alpha / settings.r),
             target_modules=[name for layer in layers for name in readers[layer]],
             init_lora_weights=True,
         ),
@@ -196,6 +205,19 @@ def examples_by_kind(objectives: Sequence[Objective], most: int) -> dict[str, li
 
 def _count(layers: Mapping[int, Any], config: ContrastConfig) -> int:
     return config.layers or max(1, round(0.3 * len(layers)))
+
+
+def _first_good_run(scores: Mapping[int, float], length: int) -> list[int]:
+    """The first layers in a row that tell prompts apart nearly as well as any in a row do.
+
+    From the middle on the layers hardly differ in it. The earlier ones respond less to the form of
+    a prompt, and what is added there has more layers left to act through.
+    """
+    layers = list(scores)
+    runs = [layers[i : i + length] for i in range(max(1, len(layers) - length + 1))]
+    means = [sum(scores[layer] for layer in run) / len(run) for run in runs]
+    least = max(means) - (1 - _NEARLY) * abs(max(means))
+    return next(run for run, mean in zip(runs, means, strict=True) if mean >= least)
 
 
 def _readers(model: nn.Module, config: ContrastConfig) -> dict[int, list[str]]:
@@ -241,17 +263,25 @@ def _set_rows(model: Any, inputs: Mapping[str, Inputs], config: ContrastConfig) 
         weight.copy_(rows[id(read)].to(weight))
 
 
-def _ids(row: Row, tokenizer: Any, max_length: int) -> list[int]:
-    """Token ids of a prompt."""
+def _tokens(row: Row, tokenizer: Any, max_length: int, answer_tokens: int) -> Tokens:
+    """Token ids of a prompt and of the beginning of its answer, if it has one."""
     if not isinstance(row, Mapping):
-        return list(row)
+        pair = isinstance(row, tuple) and not isinstance(row[0], int)
+        prompt, answer = row if pair else (row, [])
+        return list(prompt), list(answer)[:answer_tokens]  # type: ignore[arg-type]
     if tokenizer is None:
         raise ConfigError(
             "The prompts of a contrast adapter are text, and there is no tokenizer. Pass "
             "`processing_class=tokenizer`, or give token ids."
         )
-    messages, _ = chat.as_messages(row, name="a safety prompt")
-    return chat.encode(tokenizer, messages, None, max_length=max_length, name="a safety prompt")[0]
+    name = "a safety prompt"
+    wanted: str | None
+    if "chosen" in row:
+        messages, wanted, _ = chat.as_preference(row, name=name)
+    else:
+        messages, wanted = chat.as_messages(row, name=name)
+    ids = chat.encode(tokenizer, messages, wanted, max_length=max_length, name=name)
+    return ids[0], ids[1][:answer_tokens]
 
 
 def _spread(examples: Sequence[Any], most: int) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from lora_ogpsa.errors import ConfigError
 
 FEWEST = 4  # prompts of a kind
+_LEAST = {"prompts": FEWEST, "references": FEWEST, "layers": 1, "answer_tokens": 0}
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,15 @@ class ContrastConfig:
     Args:
         prompts: most safety prompts looked at, spread over the data.
         references: most examples looked at of each reference.
-        layers: how many layers are adapted: those in which prompts are told apart best, by
-            cross-validation. Default: three tenths of the model's.
+        layers: how many layers in a row are adapted: the first in which prompts are told apart
+            nearly as well as in any, by cross-validation. Default: three tenths of the model's.
         target_modules: the modules that are adapted, by the last part of their names. Default:
             those that read a layer's hidden states (``q_proj``, ``k_proj``, ``v_proj``,
             ``gate_proj``, ``up_proj`` in most models).
         gain: how strongly A responds to safety prompts, as a multiple of a usual row of A. Two
             rows in a part of the layers need longer ones to learn at a usual learning rate.
+        answer_tokens: how many of the first tokens of the safety answers are looked at, for a row
+            of A that responds to them; 0 does without.
         ridge: :math:`\lambda` of `discriminant`.
         text_weight: :math:`\alpha` of `discriminant`: how much not responding to other text
             counts.
@@ -37,13 +40,14 @@ class ContrastConfig:
     layers: int | None = None
     target_modules: tuple[str, ...] | None = None
     gain: float = 40.0
+    answer_tokens: int = 8
     ridge: float = 0.3
     text_weight: float = 3.0
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, list):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for name, least in (("prompts", FEWEST), ("references", FEWEST), ("layers", 1)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"`{name}` should be at least {least}. Found {value}.")

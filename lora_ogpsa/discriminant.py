@@ -20,11 +20,14 @@ class Inputs:
         safety: [n, d], at the last token before the answer of prompts to be refused.
         references: for each kind of harmless prompt the same, [m, d].
         text: second moment [d, d] at all other tokens of the harmless prompts and their answers.
+        answers: mean [d] at the first tokens of the safety prompts' answers; ``None`` where there
+            are none.
     """
 
     safety: Tensor
     references: tuple[Tensor, ...]
     text: Tensor
+    answers: Tensor | None = None
 
     def split(self, fold: int) -> tuple[Inputs, Inputs]:
         """The prompts of one fold of `_FOLDS`, and all others; the text is whole in both."""
@@ -33,7 +36,8 @@ class Inputs:
             inside = torch.arange(len(rows), device=rows.device) % _FOLDS == fold
             own.append(rows[inside])
             others.append(rows[~inside])
-        return tuple(Inputs(s, tuple(r), self.text) for s, *r in (own, others))  # type: ignore
+        parts = [Inputs(s, tuple(r), self.text, self.answers) for s, *r in (own, others)]
+        return parts[0], parts[1]
 
 
 def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
@@ -81,6 +85,32 @@ def answer_start(inputs: Inputs, ridge: float) -> Tensor:
     return found / (ends @ found)
 
 
+def refusal(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
+    r"""The direction that responds to refusals and to no other text, nor to the ends of prompts.
+
+    .. math::
+        w \propto \left(\alpha M_t + \overline{M_r} + \lambda \bar\sigma I\right)^{-1} \mu_a
+
+    with the mean :math:`\mu_a` at the safety answers' first tokens, and the second moments of the
+    text and of the references' last prompt tokens.
+
+    Args:
+        inputs: of the layer, with answers.
+        ridge: :math:`\lambda`.
+        text_weight: :math:`\alpha`.
+
+    Returns:
+        [d], float64, of a mean response of 1 at those tokens.
+    """
+    assert inputs.answers is not None
+    moment = text_weight * inputs.text.double()
+    for rows in inputs.references:
+        moment += rows.double().T @ rows.double() / (len(rows) * len(inputs.references))
+    answers = inputs.answers.double()
+    found = _solve(moment, answers, ridge)
+    return found / (answers @ found)
+
+
 def separation(inputs: Inputs, ridge: float, text_weight: float) -> float:
     """How well the discriminant tells prompts apart that it was not taken from (d').
 
@@ -104,10 +134,11 @@ def separation(inputs: Inputs, ridge: float, text_weight: float) -> float:
 
 
 def contrast_rows(inputs: Inputs, gain: float, ridge: float, text_weight: float) -> Tensor:
-    """The two rows of A: what tells safety prompts from references, and where an answer starts.
+    """The rows of A: what tells safety prompts from references, where an answer starts, refusals.
 
     The first is zero at references on average. It responds to safety prompts `gain` times as
-    strongly as a row of A does that PEFT has drawn, and the second half as strongly.
+    strongly as a row of A does that PEFT has drawn, and the second half as strongly. The third, if
+    there are answers, responds to them as the first does to prompts.
 
     Args:
         inputs: of the layer.
@@ -116,7 +147,7 @@ def contrast_rows(inputs: Inputs, gain: float, ridge: float, text_weight: float)
         text_weight: of the discriminant.
 
     Returns:
-        A [2, d], float64.
+        A [2 or 3, d], float64.
     """
     start = answer_start(inputs, 1.0)
     contrast = discriminant(inputs, ridge, text_weight)
@@ -128,7 +159,10 @@ def contrast_rows(inputs: Inputs, gain: float, ridge: float, text_weight: float)
     response = (safety @ contrast).square().mean().sqrt()
     if response > 0:  # else all prompts end alike here, as in the embeddings
         contrast *= gain * usual / response
-    return torch.stack([contrast, gain / 2 * usual * start])
+    rows = [contrast, gain / 2 * usual * start]
+    if inputs.answers is not None:
+        rows.append(gain * usual * refusal(inputs, ridge, text_weight))
+    return torch.stack(rows)
 
 
 def _covariance(rows: Tensor) -> Tensor:

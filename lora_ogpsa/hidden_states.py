@@ -36,7 +36,7 @@ def read_inputs(
     Args:
         model: the base model.
         readers: full names of modules.
-        safety: prompts to be refused, without answers.
+        safety: prompts to be refused, and of their answers the tokens to look at.
         kinds: prompts and answers of each kind of reference.
         progress: show a progress bar.
 
@@ -44,11 +44,14 @@ def read_inputs(
         By name; modules that read the same tensor share one `Inputs`.
     """
     groups = [[(tuple(p), tuple(a)) for p, a in group] for group in (safety, *kinds)]
+    refused = set(groups[0])
     references = {example for group in groups[1:] for example in group}
     distinct = dict.fromkeys(example for group in groups for example in group)
     examples = sorted(distinct, key=lambda example: sum(map(len, example)))
     batches = [examples[i : i + _BATCH] for i in range(0, len(examples), _BATCH)]
     ends: dict[str, list[Tensor]] = {}
+    answers: dict[str, Any] = {}
+    answered = 0
     # Under gradient checkpointing a layer leaves the cache empty.
     with quiet(model, checkpointing=False), _Reading(model, readers) as reading:
         reading.begin([prompt for prompt, _ in examples])
@@ -60,20 +63,28 @@ def read_inputs(
         for batch in track(batches, "contrast adapter: looking at prompts", disable=not progress):
             inputs = chat.collate([(list(p), list(a)) for p, a in batch], pad_id=0)
             end = [len(prompt) - 1 - start for prompt, _ in batch]
-            is_text = inputs["attention_mask"][:, start:].bool()
+            is_token = inputs["attention_mask"][:, start:].bool()
+            is_text, is_answer = is_token.clone(), is_token.clone()
             is_text[range(len(batch)), end] = False
             is_text[[example not in references for example in batch]] = False
+            is_answer[[example not in refused for example in batch]] = False
+            for row, at in enumerate(end):
+                is_answer[row, : at + 1] = False
             tokens += int(is_text.sum())
+            answered += int(is_answer.sum())
             for name, read in reading.go_on(inputs).items():
                 ends.setdefault(name, []).append(read[range(len(batch)), end].float())
                 others = read[is_text.to(read.device)].float()
                 text[name] = text.get(name, 0) + others.T @ others
+                learnt = read[is_answer.to(read.device)].float()
+                answers[name] = answers.get(name, 0) + learnt.sum(0)
     place = {example: row for row, example in enumerate(examples)}
     made = {}
     for name, parts in ends.items():
         rows = torch.cat(parts)
         of_safety, *of_kinds = (rows[[place[e] for e in group]] for group in groups)
-        made[name] = Inputs(of_safety, tuple(of_kinds), text[name] / tokens)
+        mean = answers[name] / answered if answered else None
+        made[name] = Inputs(of_safety, tuple(of_kinds), text[name] / tokens, mean)
     return {name: made[first] for name, first in reading.first.items()}
 
 

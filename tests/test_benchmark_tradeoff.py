@@ -181,8 +181,8 @@ def test_contrast_is_the_librarys(
     objectives: list[Any],
     trained: Callable[..., Any],
 ) -> None:
-    prompts = [row[0][0] if stage == "dpo" else row[0] for row in rows[stage]]
-    expected = get_contrast_model(tiny_model(), prompts, objectives)
+    answered = [row[0] if stage == "dpo" else row for row in rows[stage]]
+    expected = get_contrast_model(tiny_model(), answered, objectives)
     after, _ = trained("contrast", stage)
     factors = {name: p for name, p in after.named_parameters() if "lora_" in name}
     assert all(p.requires_grad == ("lora_B" in name) for name, p in factors.items())

@@ -31,6 +31,7 @@ from lora_ogpsa.discriminant import (
     answer_start,
     contrast_rows,
     discriminant,
+    refusal,
     separation,
 )
 from lora_ogpsa.errors import AdapterError, ConfigError, DataError
@@ -54,7 +55,10 @@ def _drawn(seed: int, d: int = 12, shift: float = 1.0) -> Inputs:
     apart[0] = shift
     text = rows(200)
     return Inputs(
-        rows(24) + common + apart, (rows(20) + common, rows(28) + common), text.T @ text / 200
+        rows(24) + common + apart,
+        (rows(20) + common, rows(28) + common),
+        text.T @ text / 200,
+        rows(1)[0] + common / 2,
     )
 
 
@@ -83,6 +87,7 @@ def test_directions_turn_with_the_inputs(seed: int) -> None:
         inputs.safety.double() @ turn,
         tuple(rows.double() @ turn for rows in inputs.references),
         turn.T @ inputs.text.double() @ turn,
+        inputs.answers.double() @ turn,
     )
     rows = contrast_rows(inputs, 1.0, 0.3, 3.0) @ turn
     # Single precision goes in.
@@ -104,7 +109,7 @@ def test_more_weight_on_text_responds_less_to_it() -> None:
 @given(st.integers(0, 10_000), st.floats(0.5, 50.0))
 def test_rows_respond_as_they_say(seed: int, gain: float) -> None:
     inputs = _drawn(seed)
-    contrast, start = contrast_rows(inputs, gain, 0.3, 3.0)
+    contrast, start, answer = contrast_rows(inputs, gain, 0.3, 3.0)
     safety = inputs.safety.double()
     usual = (safety.square().sum(1).mean() / (3 * 12)).sqrt()
     assert (safety @ contrast).square().mean().sqrt() == pytest.approx(gain * usual)
@@ -113,6 +118,7 @@ def test_rows_respond_as_they_say(seed: int, gain: float) -> None:
     assert (safety @ contrast).mean() > 0
     ends = torch.cat([inputs.safety, *inputs.references]).double()
     assert (ends @ start).mean() == pytest.approx(gain * usual / 2)
+    assert inputs.answers.double() @ answer == pytest.approx(gain * usual)
 
 
 def test_the_start_of_an_answer_is_told_from_text() -> None:
@@ -126,6 +132,22 @@ def test_the_start_of_an_answer_is_told_from_text() -> None:
     assert text < (mean @ inputs.text.double() @ mean).sqrt()
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0))
+def test_the_direction_of_refusals_solves_its_equation(
+    seed: int, ridge: float, weight: float
+) -> None:
+    inputs = _drawn(seed)
+    moment = weight * inputs.text.double().numpy()
+    for rows in (kind.double().numpy() for kind in inputs.references):
+        moment += rows.T @ rows / (2 * len(rows))
+    moment += ridge * np.trace(moment) / len(moment) * np.eye(len(moment))
+    answers = inputs.answers.double().numpy()
+    expected = np.linalg.inv(moment) @ answers
+    found = refusal(inputs, ridge, weight).numpy()
+    np.testing.assert_allclose(found, expected / (answers @ expected), rtol=1e-8, atol=1e-10)
+
+
 def test_separation_is_of_prompts_that_the_direction_has_not_seen() -> None:
     apart, alike = _drawn(5, shift=4.0), _drawn(5, shift=0.0)
     assert separation(apart, 0.3, 3.0) > 2
@@ -136,7 +158,7 @@ def test_prompts_that_end_alike_give_a_row_of_zeros() -> None:
     end = torch.randn(12)
     alike = Inputs(end.expand(9, 12), (end.expand(8, 12), end.expand(7, 12)), torch.eye(12))
     assert separation(alike, 0.3, 3.0) == 0.0
-    contrast, start = contrast_rows(alike, 40.0, 0.3, 3.0)
+    contrast, start = contrast_rows(alike, 40.0, 0.3, 3.0)  # no answers, no row for them
     assert not contrast.any()
     assert start.isfinite().all()
 
@@ -156,12 +178,18 @@ def test_folds_part_all_kinds() -> None:
         for part, rest in zip(own, others, strict=True):
             assert len(rows(part)) + len(rows(rest)) == len(rows(inputs))
             assert torch.equal(rest.text, inputs.text)
+            assert torch.equal(rest.answers, inputs.answers)
 
 
 # ------------------------------------------------------------------------------- the model
 
 _CONFIG = ContrastConfig(layers=2)
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def _answered(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    rows = [chat.as_messages({"prompt": text, "completion": "No, I am sorry."}) for text in HARMFUL]
+    return [chat.encode(tokenizer, *row, max_length=128) for row in rows]
 
 
 def _prompts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -187,8 +215,8 @@ def made(tiny_model: Any, tiny_tokenizer: Any) -> tuple[Any, Any, list[Any]]:
     base = tiny_model(num_hidden_layers=4)
     model = tiny_model(num_hidden_layers=4)
     objectives = _objectives(model, tiny_tokenizer)
-    prompts = _prompts(tiny_tokenizer, HARMFUL)
-    return get_contrast_model(model, prompts, objectives, _CONFIG), base, objectives
+    rows = _answered(tiny_tokenizer)
+    return get_contrast_model(model, rows, objectives, _CONFIG), base, objectives
 
 
 def test_only_b_is_trained_and_the_base_is_kept(made: Any) -> None:
@@ -224,7 +252,14 @@ def test_a_is_what_hidden_states_give(made: Any, tiny_tokenizer: Any) -> None:
             kinds.append(torch.stack([states[end] for states, end in whole]))
             text += [torch.cat([states[:end], states[end + 1 :]]) for states, end in whole]
         every = torch.cat(text)
-        return Inputs(torch.stack(safety), tuple(kinds), every.T @ every / len(every))
+        most = _CONFIG.answer_tokens
+        answers = [read(p + a[:most], layer, part)[len(p) :] for p, a in _answered(tiny_tokenizer)]
+        return Inputs(
+            torch.stack(safety),
+            tuple(kinds),
+            every.T @ every / len(every),
+            torch.cat(answers).mean(0),
+        )
 
     scores, rows = {}, {}
     for layer in range(4):
@@ -234,10 +269,11 @@ def test_a_is_what_hidden_states_give(made: Any, tiny_tokenizer: Any) -> None:
             rows[layer, part] = contrast_rows(
                 of_part, _CONFIG.gain, _CONFIG.ridge, _CONFIG.text_weight
             )
-    best = sorted(scores, key=scores.__getitem__)[-2:]
+    means = [(scores[layer] + scores[layer + 1]) / 2 for layer in range(3)]
+    first = next(layer for layer, mean in enumerate(means) if mean >= 0.95 * max(means))
     named = {n: p for n, p in model.named_parameters() if ".lora_A." in n}
     places = {name: name.split(".layers.")[1].split(".")[:2] for name in named}
-    assert {int(layer) for layer, _ in places.values()} == set(best)
+    assert {int(layer) for layer, _ in places.values()} == {first, first + 1}
     for name, (layer, part) in places.items():
         expected = rows[int(layer), part].float()
         torch.testing.assert_close(named[name], expected, rtol=1e-3, atol=1e-3)
@@ -245,12 +281,30 @@ def test_a_is_what_hidden_states_give(made: Any, tiny_tokenizer: Any) -> None:
 
 def test_rows_are_read_as_prompts(made: Any, tiny_model: Any, tiny_tokenizer: Any) -> None:
     model, _, objectives = made
-    rows = [{"prompt": text, "completion": "No."} for text in HARMFUL]
+    answer = {"completion": "No, I am sorry."}
+    pair = {"chosen": "No, I am sorry.", "rejected": "With pleasure."}
     references = [objective.reference for objective in objectives]
+    for more in (answer, pair):
+        rows = [{"prompt": text, **more} for text in HARMFUL]
+        base = tiny_model(num_hidden_layers=4)
+        other = get_contrast_model(base, rows, references, _CONFIG, processing_class=tiny_tokenizer)
+        for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("answer_tokens", [0, 8])
+def test_without_answers_there_are_two_rows(
+    made: Any, tiny_model: Any, tiny_tokenizer: Any, answer_tokens: int
+) -> None:
+    model, _, objectives = made
+    rows = _prompts(tiny_tokenizer, HARMFUL) if answer_tokens else _answered(tiny_tokenizer)
+    config = ContrastConfig(layers=2, answer_tokens=answer_tokens)
     base = tiny_model(num_hidden_layers=4)
-    other = get_contrast_model(base, rows, references, _CONFIG, processing_class=tiny_tokenizer)
-    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(one, two), name
+    two = dict(get_contrast_model(base, rows, objectives, config).named_parameters())
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            assert len(parameter) == 3
+            torch.testing.assert_close(two[name], parameter[:2], rtol=1e-4, atol=1e-5)
 
 
 def test_looking_leaves_no_trace(tiny_model: Any, tiny_tokenizer: Any) -> None:
@@ -263,7 +317,7 @@ def test_looking_leaves_no_trace(tiny_model: Any, tiny_tokenizer: Any) -> None:
     assert not hooks
     # PEFT draws the A that is replaced; looking at the prompts draws nothing.
     torch.set_rng_state(before)
-    contrast_adapter(tiny_model(), ContrastConfig())
+    contrast_adapter(tiny_model(), ContrastConfig(), rank=2)
     after = torch.get_rng_state()
     torch.set_rng_state(before)
     get_contrast_model(tiny_model(), _prompts(tiny_tokenizer, HARMFUL), objectives)
@@ -427,7 +481,7 @@ def test_a_recipe_trains_it_beside_a_usual_adapter(tmp_path: Path, tiny_folder: 
     first, second = (_adapter(out / "runs/ogpsa" / n / "adapter") for n in ("1-sft", "2-dpo"))
     assert len(first) == 2 * len(READERS)
     for name, value in first.items():
-        assert value.shape[0 if ".lora_A." in name else 1] == 2
+        assert value.shape[0 if ".lora_A." in name else 1] == 3
         assert torch.equal(second[name], value) == (".lora_A." in name)
     plain = _adapter(out / "runs/plain/1-sft/adapter")
     assert len(plain) == 28
@@ -467,7 +521,7 @@ def test_plans_and_mistakes_in_recipes(tmp_path: Path, tiny_folder: Path) -> Non
     recipe = parse_recipe(tiny_recipe(tmp_path, tiny_folder, contrast={"layers": 1}))
     plan = make_plan(recipe)
     assert plan.size is not None
-    assert plan.size.adapter == 2 * (64 + 2 * 32 + 2 * 128)  # B of the five modules of a layer
+    assert plan.size.adapter == 3 * (64 + 2 * 32 + 2 * 128)  # B of the five modules of a layer
     for contrast, said in (
         ({"layer": 2}, "unknown key `layer`. Did you mean `layers`"),
         ({"gain": -1.0}, "`gain` should be above 0"),

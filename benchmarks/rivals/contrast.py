@@ -12,6 +12,8 @@ from lora_ogpsa.contrast import examples_by_kind
 from lora_ogpsa.reference import Objective
 from rivals.ogpsa import OgpsaRival
 
+Tokens = tuple[list[int], list[int]]
+
 
 class ContrastRival(OgpsaRival):
     """Training with OGPSA's hooks on an adapter whose A is set from prompts.
@@ -32,17 +34,17 @@ class ContrastRival(OgpsaRival):
     ) -> None:
         super().__init__(settings, references)
         self.contrast = ContrastConfig(**(contrast or {}))
-        self._prompts: list[list[int]] = []
+        self._rows: list[Tokens] = []
 
     def see(self, rows: Sequence[Any]) -> None:
-        """Keep the prompts; of a pair both sides have the same."""
-        self._prompts = [row[0][0] if isinstance(row[0], tuple) else row[0] for row in rows]
+        """Keep the prompts with their answers, of a pair the chosen ones."""
+        self._rows = [row[0] if isinstance(row[0], tuple) else row for row in rows]
 
     def wrap(self, model: nn.Module, objectives: Sequence[Objective], budget: int) -> nn.Module:
         """Put the adapter on the base model."""
         with self.setup_time(next(model.parameters()).device):
             wrapped = get_contrast_model(
-                model, self._prompts, objectives, self.contrast, lora_config=self._lora()
+                model, self._rows, objectives, self.contrast, lora_config=self._lora()
             )
         looked_at = examples_by_kind(objectives, self.contrast.references)
         self.passes += sum(map(len, looked_at.values()))
