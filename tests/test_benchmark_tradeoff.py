@@ -45,7 +45,7 @@ BUILT = {
                 "budget": 0.0,
             },
         )
-        for name in ("default", "contrast", "contrast_one")
+        for name in ("default", "default_lora", "default_one")
     },
 }
 
@@ -151,7 +151,7 @@ def test_plain_training_has_no_extra_cost(trained: Callable[..., Any]) -> None:
 
 def test_methods_of_a_seed_begin_with_the_same_adapter(tiny_model: Callable[..., Any]) -> None:
     found = []
-    for name in ("plain", "default", "replay_1"):
+    for name in ("plain", "default_lora", "replay_1"):
         torch.manual_seed(3)
         found.append(parameters(METHODS[name].build().wrap(tiny_model(), [], 0)))
     assert torch.equal(found[0], found[1])
@@ -174,7 +174,7 @@ def test_corda_is_measured_against_the_original_base(
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_contrast_is_the_librarys(
+def test_the_contrast_adapter_is_the_librarys(
     stage: str,
     tiny_model: Callable[..., Any],
     rows: dict[str, list[Any]],
@@ -183,7 +183,7 @@ def test_contrast_is_the_librarys(
 ) -> None:
     answered = [row[0] if stage == "dpo" else row for row in rows[stage]]
     expected = get_contrast_model(tiny_model(), answered, objectives)
-    after, _ = trained("contrast", stage)
+    after, _ = trained("default", stage)
     factors = {name: p for name, p in after.named_parameters() if "lora_" in name}
     assert all(p.requires_grad == ("lora_B" in name) for name, p in factors.items())
     for name, parameter in expected.named_parameters():
@@ -336,7 +336,7 @@ def test_command_writes_results_and_resumes(
 
 
 def test_jobs_give_the_cells_of_one_process(command: list[str], tmp_path: Path) -> None:
-    chosen = ["--methods", "plain", "default", "--schedule", "linear"]
+    chosen = ["--methods", "plain", "default_lora", "--schedule", "linear"]
     tradeoff.main([*command, *chosen])
     alone = json.loads((tmp_path / "tradeoff.json").read_text())
     for file in (tmp_path / "cells").glob("*.json"):
@@ -345,12 +345,12 @@ def test_jobs_give_the_cells_of_one_process(command: list[str], tmp_path: Path) 
     together = json.loads((tmp_path / "tradeoff.json").read_text())
     assert [c["points"] for c in together["cells"]] == [c["points"] for c in alone["cells"]]
     assert len(together["cells"]) == 3
-    plain, default = (together["summary"][name] for name in ("plain", "default"))
+    plain, ours = (together["summary"][name] for name in ("plain", "default_lora"))
     assert plain["compute_overhead"] == plain["train_overhead"] == 0.0
-    assert default["compute_overhead"] > 0.0
+    assert ours["compute_overhead"] > 0.0
     seconds = {cell["method"]: cell.get("train_seconds") for cell in together["cells"]}
-    ratio = seconds["default"] / seconds["plain"]
-    assert default["train_overhead"] == pytest.approx(ratio - 1)
+    ratio = seconds["default_lora"] / seconds["plain"]
+    assert ours["train_overhead"] == pytest.approx(ratio - 1)
 
 
 def test_refused_ordinary_requests_are_a_tax_where_they_are_measured(
@@ -412,7 +412,7 @@ def test_other_strengths_are_measured_without_training_again(
         }
 
     # Adapters of three kinds: trained whole, one half of them fixed, evaluated as another.
-    methods = ["--methods", "plain", "contrast", "mica"]
+    methods = ["--methods", "plain", "default", "mica"]
     tradeoff.main([*command, *methods, "--strengths", "0.5", "2"])
     before = strengths()
     monkeypatch.setattr(tradeoff_cells, "run_stage", None)
@@ -542,14 +542,16 @@ def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
 def test_embedded_rows_are_mixed_into_those_of_a_folder(tmp_path: Path) -> None:
     for file in FILES.values():
         (tmp_path / file).touch()
-    own = [{"prompt": f"Own {i}?", "completion": "No."} for i in range(HELD_OUT + 300)]
+    packaged = len(data.load_rows("embedded:safety_sft"))
+    trained = packaged + 10
+    own = [{"prompt": f"Own {i}?", "completion": "No."} for i in range(HELD_OUT + trained)]
     (tmp_path / FILES["sft"]).write_text("\n".join(json.dumps(row) for row in own))
     alone, mixed = (Source.named(str(tmp_path), share) for share in (0.0, 0.5))
     assert alone.identity() != mixed.identity()
     assert mixed.safety_rows()[0] == alone.safety_rows()[0]
     prompts = [chat.as_messages(row)[0][0]["content"] for row in mixed.safety_rows()[1]]
-    assert sum(prompt.startswith("Own") for prompt in prompts) == len(prompts) / 2 == 300
-    assert prompts[300] == prompts[300 + len(data.load_rows("embedded:safety_sft"))]
+    assert sum(prompt.startswith("Own") for prompt in prompts) == len(prompts) / 2 == trained
+    assert prompts[trained] == prompts[trained + packaged]
     for name, share, message in ((str(tmp_path), 1.0, "share"), ("embedded", 0.5, "already")):
         with pytest.raises(DataError, match=message):
             Source.named(name, share)

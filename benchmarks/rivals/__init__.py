@@ -121,16 +121,20 @@ _ALL = [
         _RANK1_FASTER,
         "the same at 6 times the learning rate",
     ),
-    ogpsa_method("default", {"references": "both_forms"}, "this library's default rule"),
     ogpsa_method(
-        "contrast",
+        "default",
         {"references": "both_forms", "contrast": {}},
-        "the default on a contrast adapter",
+        "this library's default rule on a contrast adapter, as in its recipes",
     ),
     ogpsa_method(
-        "contrast_one",
+        "default_lora",
+        {"references": "both_forms"},
+        "the same rule on LoRA, r = 16 on all linear layers",
+    ),
+    ogpsa_method(
+        "default_one",
         {"references": "both_forms", "contrast": {}, "references_per_refresh": 1},
-        "the same with one reference example a step",
+        "the default with one reference example a step",
     ),
     ogpsa_method(
         "contrast_alone",
