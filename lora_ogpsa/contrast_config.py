@@ -23,8 +23,8 @@ class ContrastConfig:
         target_modules: the modules that are adapted, by the last part of their names. Default:
             those that read a layer's hidden states (``q_proj``, ``k_proj``, ``v_proj``,
             ``gate_proj``, ``up_proj`` in most models).
-        gain: how strongly A responds to safety prompts, as a multiple of a usual row of A. Two
-            rows in a part of the layers need longer ones to learn at a usual learning rate.
+        gain: how strongly A responds to safety prompts, as a multiple of a usual row of A. So
+            few rows in a part of the layers have to be longer to learn at a usual learning rate.
         answer_tokens: how many of the first tokens of the safety answers are looked at, for a row
             of A that responds to them; 0 does without.
         ridge: :math:`\lambda` of `discriminant`.

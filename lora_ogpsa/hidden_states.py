@@ -63,13 +63,12 @@ def read_inputs(
         for batch in track(batches, "contrast adapter: looking at prompts", disable=not progress):
             inputs = chat.collate([(list(p), list(a)) for p, a in batch], pad_id=0)
             end = [len(prompt) - 1 - start for prompt, _ in batch]
-            is_token = inputs["attention_mask"][:, start:].bool()
-            is_text, is_answer = is_token.clone(), is_token.clone()
+            is_text = inputs["attention_mask"][:, start:].bool()
+            is_answer = is_text.clone()
             is_text[range(len(batch)), end] = False
             is_text[[example not in references for example in batch]] = False
-            is_answer[[example not in refused for example in batch]] = False
-            for row, at in enumerate(end):
-                is_answer[row, : at + 1] = False
+            for row, example in enumerate(batch):
+                is_answer[row, : end[row] + 1 if example in refused else None] = False
             tokens += int(is_text.sum())
             answered += int(is_answer.sum())
             for name, read in reading.go_on(inputs).items():

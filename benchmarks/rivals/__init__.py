@@ -124,7 +124,7 @@ _ALL = [
     ogpsa_method(
         "default",
         {"references": "both_forms", "contrast": {}},
-        "this library's default rule on a contrast adapter, as in its recipes",
+        "this library's default rule on a contrast adapter, as in the quickstart",
     ),
     ogpsa_method(
         "default_lora",

@@ -9,10 +9,9 @@ from torch import nn
 
 from lora_ogpsa import ContrastConfig, get_contrast_model
 from lora_ogpsa.contrast import examples_by_kind
+from lora_ogpsa.hidden_states import Tokens
 from lora_ogpsa.reference import Objective
 from rivals.ogpsa import OgpsaRival
-
-Tokens = tuple[list[int], list[int]]
 
 
 class ContrastRival(OgpsaRival):
