@@ -119,6 +119,17 @@ def test_a_prefix_covers_every_group(name: str, field: str) -> None:
     assert {row[field] for row in rows[: len(groups)]} == groups
 
 
+def test_harmful_and_harmless_prompts_come_in_the_same_forms() -> None:
+    verbs = []
+    for name in ("safety_sft", "harmless"):
+        prompts = [prompt_of(row) for row in read(name)]
+        commands = [prompt.split()[0] for prompt in prompts if "?" not in prompt]
+        assert 0.2 <= len(commands) / len(prompts) <= 0.8
+        verbs.append(Counter(commands))
+    for own, other in (verbs, verbs[::-1]):
+        assert sum(own[verb] for verb in other) >= 0.6 * own.total()
+
+
 def test_no_prompt_stands_twice_in_or_across_files() -> None:
     seen: dict[str, str] = {}
     for name in FILES:
