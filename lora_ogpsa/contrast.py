@@ -11,6 +11,7 @@ with A's response, are small from the start.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +40,8 @@ _READERS = (
 )
 _LAYER = re.compile(r"\.(\d+)\.")
 _NEARLY = 0.95  # of the best score
+# Of the layers, from the first: what the others add has few left to act through.
+_ACTING = 0.8
 
 Row = Mapping[str, Any] | Sequence[int] | tuple[Sequence[int], Sequence[int]]
 
@@ -55,7 +58,7 @@ def get_contrast_model(
     cache: Path | None = None,
     progress: bool = False,
 ) -> PeftModel:
-    """Put a LoRA adapter of rank 3 on `model` whose A is set from prompts and frozen.
+    """Put a LoRA adapter of rank 2 on `model` whose A is set from prompts and frozen.
 
     In the manner of ``peft.get_peft_model``; train what it returns as any PEFT model, with OGPSA
     attached. It takes forward passes only, so the base may be quantised. ::
@@ -72,7 +75,7 @@ def get_contrast_model(
         model: the bare base model.
         prompts: what should be refused, with the answers that are to be learnt: rows as
             `Reference` takes them, or tuples of the token ids of a prompt and of its answer. Where
-            there are prompts alone, or lists of their token ids, the adapter has rank 2.
+            there are prompts alone, or lists of their token ids, the adapter has rank 1.
         references: what should not be refused; ``None`` takes the embedded harmless prompts.
             References with the same prompts count once. Of answers the more tokens the better: A
             learns from them where not to respond.
@@ -110,14 +113,16 @@ def get_contrast_model(
     ]
     kinds = examples_by_kind(objectives, config.references)
     _check_counts({"the safety prompts": harmful, **kinds})
-    readers = [name for names in layers.values() for name in names]
+    count = _count(layers, config)
+    looked_at = list(layers)[: max(count, math.ceil(_ACTING * len(layers)))]
+    readers = [name for layer in looked_at for name in layers[layer]]
     found = read_inputs(model, readers, harmful, list(kinds.values()), progress=progress)
     # By what the last of them reads, which in a transformer is the MLP's input.
     scores = {
-        layer: separation(found[names[-1]], config.ridge, config.text_weight)
-        for layer, names in layers.items()
+        layer: separation(found[layers[layer][-1]], config.ridge, config.text_weight)
+        for layer in looked_at
     }
-    chosen = _first_good_run(scores, _count(layers, config))
+    chosen = _first_good_run(scores, count)
     logger.info(
         "contrast adapter on layers %d to %d, which tell prompts apart (d' %.2f to %.2f)",
         chosen[0],
@@ -125,7 +130,7 @@ def get_contrast_model(
         min(scores[layer] for layer in chosen),
         max(scores[layer] for layer in chosen),
     )
-    rank = 3 if any(answer for _, answer in harmful) else 2
+    rank = 2 if any(answer for _, answer in harmful) else 1
     wrapped = contrast_adapter(model, config, lora_config, chosen, rank)
     _set_rows(wrapped, {name: found[name] for n in chosen for name in layers[n]}, config)
     return wrapped
@@ -156,7 +161,7 @@ def contrast_adapter(
     if layers is None:
         layers = list(readers)[len(readers) // 2 :][: _count(readers, config)]
     settings = LoraConfig(task_type="CAUSAL_LM") if lora_config is None else lora_config
-    rank = rank or (3 if config.answer_tokens else 2)
+    rank = rank or (2 if config.answer_tokens else 1)
     wrapped = get_peft_model(
         model,
         replace(
@@ -258,7 +263,9 @@ def _set_rows(model: Any, inputs: Mapping[str, Inputs], config: ContrastConfig) 
     rows: dict[int, Tensor] = {}
     for name, read in inputs.items():
         if id(read) not in rows:
-            rows[id(read)] = contrast_rows(read, config.gain, config.ridge, config.text_weight)
+            rows[id(read)] = contrast_rows(
+                read, config.gain, config.ridge, config.text_weight, config.threshold
+            )
         weight = model.get_base_model().get_submodule(name).lora_A["default"].weight
         weight.copy_(rows[id(read)].to(weight))
 

@@ -133,11 +133,13 @@ def separation(inputs: Inputs, ridge: float, text_weight: float) -> float:
     return ((high.mean() - low.mean()) / ((high.var() + low.var()) / 2).sqrt()).item()
 
 
-def contrast_rows(inputs: Inputs, gain: float, ridge: float, text_weight: float) -> Tensor:
-    """The rows of A: what tells safety prompts from references, where an answer starts, refusals.
+def contrast_rows(
+    inputs: Inputs, gain: float, ridge: float, text_weight: float, threshold: float
+) -> Tensor:
+    """The rows of A: what tells safety prompts from references, and refusals.
 
-    The first is zero at references on average. It responds to safety prompts `gain` times as
-    strongly as a row of A does that PEFT has drawn, and the second half as strongly. The third, if
+    The first responds to safety prompts `gain` times as strongly as a row of A does that PEFT has
+    drawn. It is zero between the two, made so by a multiple of `answer_start`, and the second, if
     there are answers, responds to them as the first does to prompts.
 
     Args:
@@ -145,21 +147,23 @@ def contrast_rows(inputs: Inputs, gain: float, ridge: float, text_weight: float)
         gain: see above.
         ridge: of the discriminant.
         text_weight: of the discriminant.
+        threshold: where the first is zero, from 0, the references' mean, to 1, the safety prompts'.
 
     Returns:
-        A [2 or 3, d], float64.
+        A [1 or 2, d], float64.
     """
-    start = answer_start(inputs, 1.0)
     contrast = discriminant(inputs, ridge, text_weight)
-    harmless = torch.stack([rows.double().mean(0) for rows in inputs.references]).mean(0)
-    contrast -= (harmless @ contrast) / (harmless @ start) * start
     safety = inputs.safety.double()
+    harmless = torch.stack([rows.double().mean(0) for rows in inputs.references]).mean(0)
+    zero = torch.lerp(harmless, safety.mean(0), threshold)
+    start = answer_start(inputs, 1.0)
+    contrast -= (zero @ contrast) / (zero @ start) * start
     # The entries of a row that PEFT draws have variance 1 / 3d.
     usual = (safety.square().sum(1).mean() / (3 * safety.shape[1])).sqrt()
     response = (safety @ contrast).square().mean().sqrt()
     if response > 0:  # else all prompts end alike here, as in the embeddings
         contrast *= gain * usual / response
-    rows = [contrast, gain / 2 * usual * start]
+    rows = [contrast]
     if inputs.answers is not None:
         rows.append(gain * usual * refusal(inputs, ridge, text_weight))
     return torch.stack(rows)

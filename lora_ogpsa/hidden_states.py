@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def read_inputs(
     """What the modules `readers` read, by name, in forward passes of the base model.
 
     An example that is there several times passes once, and so do the tokens that all prompts begin
-    with, a system prompt as a rule, where the model's cache allows it.
+    with, a system prompt as a rule, where the model's cache allows it. A pass ends where the last
+    module reads.
 
     Args:
         model: the base model.
@@ -87,6 +89,10 @@ def read_inputs(
     return {name: made[first] for name, first in reading.first.items()}
 
 
+class _AllRead(Exception):
+    """Raised where the last module reads: the rest of the pass is not needed."""
+
+
 class _Reading:
     """Passes through a model's decoder whose modules' inputs are seen, within the context.
 
@@ -108,9 +114,10 @@ class _Reading:
         self._decoder = model.get_decoder()
         self._cache: Any = None
         self._now: dict[str, Tensor] = {}
+        self._last = ""  # to read; known after a whole pass
         self._handles = [
             model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: self._now.update({name: args[0]})
+                lambda _, args, name=name: self._see(name, args[0])
             )
             for name in readers
         ]
@@ -146,11 +153,18 @@ class _Reading:
             cache = copy.deepcopy(self._cache)
             cache.batch_repeat_interleave(len(inputs["input_ids"]))
             given["past_key_values"] = cache
-        self._decoder(**given, use_cache=self._cache is not None)
+        with suppress(_AllRead):
+            self._decoder(**given, use_cache=self._cache is not None)
         return self._read()
+
+    def _see(self, name: str, read: Tensor) -> None:
+        self._now[name] = read
+        if name == self._last:
+            raise _AllRead
 
     def _read(self) -> dict[str, Tensor]:
         if not self.first:
+            self._last = next(reversed(self._now))
             seen: dict[int, str] = {}
             self.first = {name: seen.setdefault(id(read), name) for name, read in self._now.items()}
         return {name: self._now[name] for name in dict.fromkeys(self.first.values())}
