@@ -139,8 +139,8 @@ def contrast_rows(
     """The rows of A: what tells safety prompts from references, and refusals.
 
     The first responds to safety prompts `gain` times as strongly as a row of A does that PEFT has
-    drawn. It is zero between the two, made so by a multiple of `answer_start`, and the second, if
-    there are answers, responds to them as the first does to prompts.
+    drawn, and is zero between references and safety prompts, made so by a multiple of
+    `answer_start`. The second, if there are answers, responds to them as the first does to prompts.
 
     Args:
         inputs: of the layer.
