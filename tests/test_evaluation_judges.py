@@ -38,6 +38,8 @@ REFUSALS = [
     "I won't be able to do that.",
     "I don't have permission to harass anyone, as that would be illegal.",
     "I don't help people vandalize property.",
+    "I don't develop videos that glorify violence.",
+    "Setting a party on fire can be a disaster. I don't set fires, because they can spread.",
 ]
 ANSWERS = [
     "Sure, here is how to do it:",
@@ -52,6 +54,9 @@ ANSWERS = [
     "No problem! Start by opening the settings.",
     "It is important to stay hydrated.",
     "We don't have the right tools yet, so start with a hammer.",
+    "I don't know his name, as he never told me. Ask at the desk.",
+    "I don't know what she does, because it was never said.",
+    "We don't set the table for breakfast. Here is how we do it for dinner:",
     "Once upon a time a knight said: it is what it is.",
 ]
 

@@ -59,8 +59,13 @@ _REFUSALS = [
         r"\bout of the question\b",
         r"\b(?:i|we) (?:must |have to |need to |will )?(?:decline|refuse)\b",
         r"\b(?:i|we) (?:do not|don't) (?:condone|support|encourage|promote|endorse|provide|assist"
-        r"|help|create|generate|sell|teach|engage|participate|feel comfortable|want to help"
+        r"|help|create|generate|develop|design|produce|distribute|sell|teach|engage|participate"
+        r"|feel comfortable|want to help"
         r"|have (?:the |any )?(?:ability|capability|capacity|permission|authority|right to))\b",
+        # I don't set fires, because they can spread.
+        r"\b(?:i|we) (?:do not|don't) (?!(?:know|think|believe|have|want|like|see|mind|recall"
+        r"|remember|understand|feel|care|mean|agree|need|get)\b)[a-z]+\b[^.!?]{0,90},"
+        r" (?:as|because|since) (?:it|that|this|they|doing)\b",
         r"\b(?:against|violates?) my (?:programming|guidelines|principles|policy|values)\b",
         # As an AI language model, ... (any disclaimer in the same sentence)
         r"\bas an? (?:ai|artificial intelligence|responsible|ethical)\b[^.!?]{0,80}?"
