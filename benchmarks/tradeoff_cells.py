@@ -35,6 +35,18 @@ def default_passes() -> float:
     return (config.references_per_refresh or 1) / (config.refresh_every or 1)
 
 
+def cell_name(method: str, seed: int, made_of: Mapping[str, Any]) -> str:
+    """What a cell's files are called after the stage.
+
+    Args:
+        method: its name.
+        seed: of the cell.
+        made_of: identities of its ``"setting"`` and ``"method"``.
+    """
+    content = json.dumps([made_of["setting"], made_of["method"], seed], sort_keys=True)
+    return f"{method}-{seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+
 @dataclass(frozen=True)
 class Setting:
     """Everything that all cells of one table share.
@@ -106,9 +118,8 @@ class Cells:
 
     def path(self, method: Method, seed: int) -> Path:
         """Where a cell is kept, by the content of everything that makes it."""
-        made_of = [self._shared, method.identity(), seed]
-        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:10]
-        return self.folder / f"{self.setting.name}-{method.name}-{seed}-{digest}.json"
+        made_of = {"setting": self._shared, "method": method.identity()}
+        return self.folder / f"{self.setting.name}-{cell_name(method.name, seed, made_of)}.json"
 
     def adapter(self, method: Method, seed: int) -> Path:
         """Where a cell's trained adapter is kept; nowhere if it has no LoRA layer."""

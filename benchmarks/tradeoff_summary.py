@@ -112,7 +112,7 @@ def _facts(own: Sequence[Cell]) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "description": own[0].get("description", ""),
         "seeds": [cell["seed"] for cell in own],
-        "measures": _mean([end(cell) for cell in own]),
+        "measures": mean_values([end(cell) for cell in own]),
     }
     if own[0].get("grid"):
         entry["grid"] = own[0]["grid"]
@@ -159,15 +159,15 @@ def _compared(
     ends = [(end(cell), end(plain[cell["seed"]])) for cell in own]
     at_ends = taxes_removed(
         taxed(end(base), TAXED_AT_END),
-        taxed(_mean([reference for _, reference in ends]), TAXED_AT_END),
-        taxed(_mean([value for value, _ in ends]), TAXED_AT_END),
+        taxed(mean_values([reference for _, reference in ends]), TAXED_AT_END),
+        taxed(mean_values([value for value, _ in ends]), TAXED_AT_END),
     )
     removed = {}
     if matched:
         removed = taxes_removed(
             taxed(end(base)),
-            _mean([reference for _, reference in matched]),
-            _mean([metrics for metrics, _ in matched]),
+            mean_values([reference for _, reference in matched]),
+            mean_values([metrics for metrics, _ in matched]),
         )
     compared: dict[str, Any] = {}
     for name, spent in (("compute_overhead", "token_passes"), ("train_overhead", "train_seconds")):
@@ -187,7 +187,7 @@ def _compared(
     }
 
 
-def _mean(rows: Sequence[Values]) -> dict[str, float]:
+def mean_values(rows: Sequence[Values]) -> dict[str, float]:
     """Means of the columns that all rows have."""
     shared = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: sum(row[name] for row in rows) / len(rows) for name in shared}
