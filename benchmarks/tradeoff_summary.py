@@ -59,9 +59,10 @@ def summarise(cells: Sequence[Cell], margin: float = MARGIN) -> dict[str, Any]:
     safety (``harmful_gap`` tells). Plain training is compared at its end; stopping it early is the
     row ``early_stop``, scaling its adapter down ``scaled_adapter``. Where plain training did not
     make the model safer, there is no safety to match and no seed counts.
-    ``run_overhead`` is what a method adds to the seconds of its own training, ``compute_overhead``
-    to the tokens that pass through the model. An adapter that begins in a middle layer trains
-    faster than plain training's: ``train_overhead`` compares the seconds in all.
+    ``compute_overhead`` and ``run_overhead`` are the tokens that pass through the model and the
+    seconds of a whole run, setting up included, beyond those of plain training of the same seeds.
+    ``own_overhead`` is what a method adds to the seconds of its own training, which an adapter that
+    begins in a middle layer makes shorter than plain training's.
 
     Args:
         cells: of one setting, the base model's among them.
@@ -118,7 +119,7 @@ def _facts(own: Sequence[Cell]) -> dict[str, Any]:
         entry["grid"] = own[0]["grid"]
     if all("train_seconds" in cell for cell in own):
         entry["reference_passes"] = sum(cell["reference_passes"] for cell in own) / len(own)
-        entry["run_overhead"] = sum(
+        entry["own_overhead"] = sum(
             cell["extra_seconds"] / (cell["train_seconds"] - cell["extra_seconds"]) for cell in own
         ) / len(own)
     return entry
@@ -170,7 +171,7 @@ def _compared(
             mean_values([metrics for metrics, _ in matched]),
         )
     compared: dict[str, Any] = {}
-    for name, spent in (("compute_overhead", "token_passes"), ("train_overhead", "train_seconds")):
+    for name, spent in (("compute_overhead", "token_passes"), ("run_overhead", "train_seconds")):
         counts = [(c.get(spent), plain[c["seed"]].get(spent)) for c in own]
         if all(count and of_plain for count, of_plain in counts):
             shares = [count / of_plain for count, of_plain in counts]

@@ -346,11 +346,11 @@ def test_jobs_give_the_cells_of_one_process(command: list[str], tmp_path: Path) 
     assert [c["points"] for c in together["cells"]] == [c["points"] for c in alone["cells"]]
     assert len(together["cells"]) == 3
     plain, ours = (together["summary"][name] for name in ("plain", "default_lora"))
-    assert plain["compute_overhead"] == plain["train_overhead"] == 0.0
+    assert plain["compute_overhead"] == plain["run_overhead"] == 0.0
     assert ours["compute_overhead"] > 0.0
     seconds = {cell["method"]: cell.get("train_seconds") for cell in together["cells"]}
     ratio = seconds["default_lora"] / seconds["plain"]
-    assert ours["train_overhead"] == pytest.approx(ratio - 1)
+    assert ours["run_overhead"] == pytest.approx(ratio - 1)
 
 
 def test_refused_ordinary_requests_are_a_tax_where_they_are_measured(
@@ -618,7 +618,8 @@ def test_tax_removed_at_matched_safety_by_hand() -> None:
     at_end = {"over_refusal": 1 - 0.45 / 0.9, "gsm8k_nll": 1 - 0.15 / 0.4}
     assert ours["tax_removed_end"] == pytest.approx(at_end)
     assert ours["harmful_gap"] == pytest.approx(0.0)
-    assert ours["run_overhead"] == pytest.approx(0.2)
+    assert ours["own_overhead"] == pytest.approx(0.2)
+    assert ours["run_overhead"] == 0.0  # no longer than plain training took
     assert ours["reference_passes"] == 1.0
 
     assert summary["plain"]["tax_removed"] == pytest.approx({"over_refusal": 0, "gsm8k_nll": 0})
