@@ -4,8 +4,8 @@
 
 How strong an adapter has to be, to be as safe as plain training, is read off the table's own
 prompts. Here the other prompts of the same files are asked at that strength, and multiple-choice
-questions. Of every method that came to plain training's safety; plain training's adapters as they
-are. The folder of cells has to be that of the table.
+questions. Of methods that came to plain training's safety; plain training's adapters as they are.
+The folder of cells has to be that of the table.
 
 Results go to benchmarks/results/tradeoff_check.json.
 """
@@ -123,6 +123,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="the folder it was made with")
     parser.add_argument("--model", default="embedded", help="folder or hub id, or `embedded`")
     parser.add_argument("--cells", type=Path, default=Path("outputs/tradeoff"))
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="all of the table if not given"
+    )
     parser.add_argument("--limit", type=int, default=240, help="most prompts per refusal measure")
     parser.add_argument("--choice-limit", type=int, default=100, help="questions; 0 for none")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "tradeoff_check.json")
@@ -156,6 +159,8 @@ def main(arguments: list[str] | None = None) -> None:
     cells = []
     for cell, strength in compared(table):
         method, seed = cell["method"], cell["seed"]
+        if options.methods and method not in options.methods:
+            continue
         name = f"{settings['stage']}-{cell_name(method, seed, cell['made_of'])}"
         values = measured(options.cells / name, strength)
         cells.append({"method": method, "seed": seed, "strength": strength, "values": values})

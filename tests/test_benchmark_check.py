@@ -90,6 +90,8 @@ def test_adapters_are_measured_at_the_strength_of_the_table(
     wanted = {"harmful", "over_refusal", "general_refusal", "mmlu", "arc_easy"}
     assert all(set(entry["measures"]) == wanted for entry in found["summary"].values())
 
+    tradeoff_check.main([*command, "--data", str(folder), "--methods", "plain"])
+    assert set(json.loads(output.read_text())["summary"]) == {"base", "plain"}
     (folder / FILES["arc"]).write_text("")
     with pytest.raises(SystemExit, match="not made with"):
         tradeoff_check.main([*command, "--data", str(folder)])
