@@ -7,7 +7,7 @@ prompts. Here the other prompts of the same files are asked at that strength, an
 questions. Of methods that came to plain training's safety; plain training's adapters as they are.
 The folder of cells has to be that of the table.
 
-Results go to benchmarks/results/tradeoff_check.json.
+Results go to benchmarks/results/other_prompts.json.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=int, default=240, help="most prompts per refusal measure")
     parser.add_argument("--choice-limit", type=int, default=100, help="questions; 0 for none")
-    parser.add_argument("--output", type=Path, default=common.RESULTS / "tradeoff_check.json")
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "other_prompts.json")
     options = parser.parse_args(arguments)
     table = json.loads(options.table.read_text())
     settings = table["settings"]
