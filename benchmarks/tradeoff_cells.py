@@ -35,16 +35,17 @@ def default_passes() -> float:
     return (config.references_per_refresh or 1) / (config.refresh_every or 1)
 
 
-def cell_name(method: str, seed: int, made_of: Mapping[str, Any]) -> str:
-    """What a cell's files are called after the stage.
+def cell_name(stage: str, method: str, seed: int, made_of: Mapping[str, Any]) -> str:
+    """What a cell's file and its adapter's folder are called.
 
     Args:
+        stage: name of the setting.
         method: its name.
         seed: of the cell.
         made_of: identities of its ``"setting"`` and ``"method"``.
     """
     content = json.dumps([made_of["setting"], made_of["method"], seed], sort_keys=True)
-    return f"{method}-{seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+    return f"{stage}-{method}-{seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,11 @@ class Cells:
 
     def path(self, method: Method, seed: int) -> Path:
         """Where a cell is kept, by the content of everything that makes it."""
-        made_of = {"setting": self._shared, "method": method.identity()}
-        return self.folder / f"{self.setting.name}-{cell_name(method.name, seed, made_of)}.json"
+        name = cell_name(self.setting.name, method.name, seed, self._made_of(method))
+        return self.folder / f"{name}.json"
+
+    def _made_of(self, method: Method) -> dict[str, Any]:
+        return {"setting": self._shared, "method": method.identity()}
 
     def adapter(self, method: Method, seed: int) -> Path:
         """Where a cell's trained adapter is kept; nowhere if it has no LoRA layer."""
@@ -137,7 +141,7 @@ class Cells:
             "seed": seed,
             "grid": method.grid,
             "description": method.description,
-            "made_of": {"setting": self._shared, "method": method.identity()},
+            "made_of": self._made_of(method),
             "environment": _environment(),
             **found,
         }

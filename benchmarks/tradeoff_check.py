@@ -1,6 +1,6 @@
 """The trade-off's adapters, as strong as its table says, on prompts that the table did not ask.
 
-    python benchmarks/tradeoff_check.py benchmarks/results/tradeoff_sft.json --data FOLDER
+    python benchmarks/tradeoff_check.py benchmarks/results/tradeoff_sft_rivals.json --data FOLDER
 
 How strong an adapter has to be, to be as safe as plain training, is read off the table's own
 prompts. Here the other prompts of the same files are asked at that strength, and multiple-choice
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,69 +23,58 @@ import common
 from peft import PeftModel
 from tradeoff_cells import cell_name
 from tradeoff_data import Source
-from tradeoff_measures import COLUMNS
+from tradeoff_measures import Limits, measure, suite, taxed
 from tradeoff_summary import mean_values
 
-from lora_ogpsa import data
-from lora_ogpsa.evaluation import EvaluationSuite, evaluate
-from lora_ogpsa.evaluation.tax import tax_removed
+from lora_ogpsa.evaluation import EvaluationSuite
+from lora_ogpsa.evaluation.session import measured_rows
+from lora_ogpsa.evaluation.tax import taxes_removed
 from lora_ogpsa.models import load_model
 from lora_ogpsa.strength import at_strength
 
-TAXED = ("over_refusal", "general_refusal")
+CHOICES = "multiple_choice"
 
 
-def other_prompts(source: Source, used: Mapping[str, int], limit: int) -> dict[str, list[Any]]:
+def other_prompts(chosen: EvaluationSuite, limit: int) -> dict[str, list[Any]]:
     """Prompts of the refusal measures beyond those that a table asked, by measure.
 
     Args:
-        source: of the data.
-        used: the table's limits.
+        chosen: what the table measures.
         limit: most prompts of a measure.
     """
-    rows = {
-        name: data.load_rows(source.path(file), shuffle_seed=0)
-        for name, file in (("harmful", "harmful"), ("harmless", "harmless"), ("ordinary", "alpaca"))
+    return {
+        name: measured_rows(name, spec, None)[spec.limit :][:limit]
+        for name, spec in chosen.measures.items()
+        if spec.measure == "refusal"
     }
-    rows["harmless"] = [row for row in rows["harmless"] if row.get("label") == "safe"]
-    asked = dict.fromkeys(rows, used["refusals"]) | {"ordinary": used.get("general_refusals", 0)}
-    return {name: found[asked[name] :][:limit] for name, found in rows.items()}
 
 
-def suite_of(source: Source, used: Mapping[str, int], limit: int, choices: int) -> EvaluationSuite:
-    """What is measured.
+def other_suite(chosen: EvaluationSuite, limit: int) -> EvaluationSuite:
+    """The refusal measures with other prompts, and multiple choice as it is.
 
     Args:
-        source: of the data.
-        used: the table's limits.
+        chosen: what the table measures.
         limit: most prompts per refusal measure.
-        choices: multiple-choice questions per data set; 0 for none.
     """
-    measures: dict[str, Any] = {
-        name: {
-            "measure": "refusal",
-            "data": rows,
-            "limit": limit,
-            "max_new_tokens": used["new_tokens"],
-            "want": "refuse" if name == "harmful" else "answer",
-        }
-        for name, rows in other_prompts(source, used, limit).items()
-    }
-    if choices:
-        asked = {"measure": "multiple_choice", "limit": choices, "shuffle_seed": 0}
-        measures["mmlu"] = {**asked, "data": source.path("mmlu"), "style": "letters"}
-        measures["arc_easy"] = {**asked, "data": source.path("arc")}
-    return EvaluationSuite(measures, max_length=384)
+    measures = {n: spec for n, spec in chosen.measures.items() if spec.measure == CHOICES}
+    for name, rows in other_prompts(chosen, limit).items():
+        spec = chosen.measures[name]
+        measures[name] = replace(spec, data=rows, limit=limit, where=None, shuffle_seed=None)
+    return replace(chosen, measures=measures)
 
 
 def compared(table: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float]]:
-    """The cells that are as safe as plain training, with the strength at which they are."""
-    return [
-        (cell, row.get("strength", 1.0))
-        for cell in table["cells"]
-        for row in table["summary"][cell["method"]].get("by_seed", [])
-        if row["seed"] == cell["seed"] and row["matched"]
-    ]
+    """The cells that are as safe as plain training, with the strength at which they are.
+
+    What has no adapter, or was not measured at several strengths, is not among them.
+    """
+    found = []
+    for cell in table["cells"]:
+        for row in table["summary"][cell["method"]].get("by_seed", []):
+            strength = 1.0 if cell["method"] == "plain" else row.get("strength")
+            if row["seed"] == cell["seed"] and row["matched"] and strength is not None:
+                found.append((cell, strength))
+    return found
 
 
 def summarise(base: Mapping[str, float], cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -105,7 +95,7 @@ def summarise(base: Mapping[str, float], cells: Sequence[Mapping[str, Any]]) -> 
         summary[method] = {
             "seeds": [cell["seed"] for cell in own],
             "measures": measures,
-            "tax_removed": {n: tax_removed(base[n], beside[n], measures[n]) for n in TAXED},
+            "tax_removed": taxes_removed(taxed(base), taxed(beside), taxed(measures)),
         }
     return summary
 
@@ -119,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", type=Path, help="JSON of tradeoff.py")
+    parser.add_argument("table", type=Path, help="JSON of tradeoff.py, with strengths")
     parser.add_argument("--data", required=True, help="the folder it was made with")
     parser.add_argument("--model", default="embedded", help="folder or hub id, or `embedded`")
     parser.add_argument("--cells", type=Path, default=Path("outputs/tradeoff"))
@@ -135,40 +125,31 @@ def main(arguments: list[str] | None = None) -> None:
     source = Source.named(options.data)
     if settings["data"].split("+")[0] != source.identity():
         raise SystemExit(f"{options.table} was not made with the data in {options.data}.")
-    suite = suite_of(source, settings["limits"], options.limit, options.choice_limit)
+    limits = Limits(**{**settings["limits"], "choices": options.choice_limit})
+    asked = suite(source, limits, settings["precision"], dpo=False, final=True)
+    chosen = other_suite(asked, options.limit)
+    loading = {"dtype": "float32", "load_in_4bit": settings["load_in_4bit"]}
+    cache = options.cells / "evaluation"
 
-    def measured(adapter: Path | None, strength: float) -> dict[str, float]:
-        model, tokenizer = load_model(
-            options.model, dtype="float32", load_in_4bit=settings["load_in_4bit"]
-        )
-        cache = {"cache_dir": options.cells / "evaluation", "progress": False}
-        if adapter is None:
-            found = evaluate(model, tokenizer, suite, base=True, **cache)
-        else:
-            model = PeftModel.from_pretrained(model, str(adapter))
-            with at_strength(model, strength):
-                found = evaluate(model, tokenizer, suite, **cache)
-        return {
-            column: found.measures[name].value
-            for column, name in COLUMNS.items()
-            if name in found.measures
-        }
-
-    base = measured(None, 1.0)
+    model, tokenizer = load_model(options.model, **loading)
+    base = measure(model, tokenizer, chosen, base=True, cache=cache)["values"]
     print(f"base model: {base}", flush=True)
     cells = []
     for cell, strength in compared(table):
         method, seed = cell["method"], cell["seed"]
         if options.methods and method not in options.methods:
             continue
-        name = f"{settings['stage']}-{cell_name(method, seed, cell['made_of'])}"
-        values = measured(options.cells / name, strength)
+        model, tokenizer = load_model(options.model, **loading)
+        name = cell_name(settings["stage"], method, seed, cell["made_of"])
+        model = PeftModel.from_pretrained(model, str(options.cells / name))
+        with at_strength(model, strength):
+            values = measure(model, tokenizer, chosen, base=False, cache=cache)["values"]
         cells.append({"method": method, "seed": seed, "strength": strength, "values": values})
         print(f"{method} seed {seed} at {strength:.2f}: {values}", flush=True)
-    asked = {n: len(spec.data) for n, spec in suite.measures.items() if spec.measure == "refusal"}
+    counts = {n: len(spec.data) for n, spec in chosen.measures.items() if spec.measure != CHOICES}
     report = {
         "table": options.table.name,
-        "prompts": {**asked, "choices": options.choice_limit},
+        "prompts": {**counts, "choices": options.choice_limit},
         "cells": cells,
         "summary": summarise(base, cells),
     }

@@ -104,7 +104,6 @@ def _cheapest(
             "seeds": [cell["seed"] for cell in own],
             **compared,
             "reference_passes": 0.0,
-            "run_overhead": 0.0,
         }
     return found
 

@@ -42,8 +42,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_other_prompts_are_those_that_the_table_did_not_ask(folder: Path) -> None:
     source, limits = Source.named(str(folder)), Limits(refusals=4, general_refusals=3)
-    others = tradeoff_check.other_prompts(source, limits.identity(), 100)
-    measures = suite(source, limits, "float32", dpo=False, final=False).measures
+    chosen = suite(source, limits, "float32", dpo=False, final=False)
+    others = tradeoff_check.other_prompts(chosen, 100)
+    measures = chosen.measures
     for name, (count, total) in {
         "harmful": (4, 10),
         "harmless": (4, 10),
@@ -57,7 +58,7 @@ def test_the_other_prompts_are_those_that_the_table_did_not_ask(folder: Path) ->
         left = [row["prompt"] for row in others[name]]
         assert (len(asked), len(left)) == (count, total - count)
         assert not {*asked} & {*left}
-    assert len(tradeoff_check.other_prompts(source, limits.identity(), 2)["harmful"]) == 2
+    assert len(tradeoff_check.other_prompts(chosen, 2)["harmful"]) == 2
 
 
 def test_adapters_are_measured_at_the_strength_of_the_table(

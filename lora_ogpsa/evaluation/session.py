@@ -48,26 +48,7 @@ class Run:
         Raises:
             DataError: none are left, or the source cannot be read.
         """
-        limit = spec.limit or self.suite.limit
-        if isinstance(spec.data, list | tuple):
-            rows: list[Row] = list(spec.data)
-        else:
-            rows = list(
-                data.load_rows(
-                    spec.data,
-                    config=spec.config,
-                    split=spec.split,
-                    limit=None if spec.where else limit,
-                    shuffle_seed=spec.shuffle_seed,
-                )
-            )
-        if spec.where:
-            wanted = spec.where.items()
-            rows = [row for row in rows if all(row.get(key) == value for key, value in wanted)]
-        if not rows:
-            condition = f" with {dict(spec.where)}" if spec.where else ""
-            raise DataError(f"The measure `{name}` has no rows{condition} in {spec.data!r}.")
-        return rows[:limit]
+        return measured_rows(name, spec, spec.limit or self.suite.limit)
 
     def answers(self, name: str, spec: MeasureSpec, prompts: list[list[int]]) -> list[Answer]:
         """The evaluated model's answers."""
@@ -112,6 +93,33 @@ class Run:
             max_length=self.suite.max_length,
             name=f"measure `{name}`, row {number}",
         )
+
+
+def measured_rows(name: str, spec: MeasureSpec, limit: int | None) -> list[Row]:
+    """The rows of a measure, filtered, and the first `limit` of them.
+
+    Raises:
+        DataError: none are left, or the source cannot be read.
+    """
+    if isinstance(spec.data, list | tuple):
+        rows: list[Row] = list(spec.data)
+    else:
+        rows = list(
+            data.load_rows(
+                spec.data,
+                config=spec.config,
+                split=spec.split,
+                limit=None if spec.where else limit,
+                shuffle_seed=spec.shuffle_seed,
+            )
+        )
+    if spec.where:
+        wanted = spec.where.items()
+        rows = [row for row in rows if all(row.get(key) == value for key, value in wanted)]
+    if not rows:
+        condition = f" with {dict(spec.where)}" if spec.where else ""
+        raise DataError(f"The measure `{name}` has no rows{condition} in {spec.data!r}.")
+    return rows[:limit]
 
 
 def item_keys(rows: list[Any]) -> list[str]:
