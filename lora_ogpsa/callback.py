@@ -86,7 +86,7 @@ class OGPSACallback(TrainerCallback):
             kwargs["model"],
             kwargs["optimizer"],
             self._references(args),
-            self.config,
+            self.config.acting(labels=False) if _has_preference_loss(args) else self.config,
             processing_class=kwargs.get("processing_class"),
             cache=self.cache or cache_dir(),
         )
@@ -151,6 +151,14 @@ class OGPSACallback(TrainerCallback):
         """Remove the hooks; the optimizer is the user's again."""
         if self.ogpsa is not None:
             self.ogpsa.detach()
+
+
+def _has_preference_loss(args: TrainingArguments) -> bool:
+    """Whether the trainer's loss is of preferences or rewards: those have a `beta`, SFT has none.
+
+    TRL's trainers give the model labels for either, so that its calls do not say.
+    """
+    return hasattr(args, "beta")
 
 
 def _check_arguments(args: TrainingArguments) -> None:

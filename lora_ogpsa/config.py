@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from lora_ogpsa.errors import ConfigError
@@ -52,6 +52,10 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
+
+
+#: `OGPSAConfig.penalty` where it is not given, in steps on next-token losses.
+SUPERVISED_PENALTY = 0.25
 
 
 @dataclass(frozen=True)
@@ -118,14 +122,18 @@ class OGPSAConfig:
             shares, as of the last refresh) is added to the training gradient (0 is off). The
             optimizer's momentum then works against drift too, and the constraint has less to
             correct. It costs no reference pass. Update space, and not for ``orthogonal``.
-            Default: 0.25 for ``budget``, else 0.
+            Default: for ``budget`` `SUPERVISED_PENALTY` in steps on a loss of ``labels`` in the
+            model's call and 0 in others (``None`` stands for that), else 0. A preference loss
+            hardly has a gradient to set against it, so that a stage of DPO would only lead back
+            to the base model, with every reference well within its budget.
         restoration: strength in [0, 1] of a step back to the base model's reference losses at
             each refresh (0 is off). The budget constraint has its own (``recovery``).
         restoration_cap: the restoration step is at most this many typical optimizer steps long.
         first_token_weight: share of the training gradient that is of the first token of each
             answer alone (0 is off). Refusing begins there, and in a mean over an answer that token
             is too little to learn which prompts to refuse (`lora_ogpsa.emphasis`). Needs ``labels``
-            in the model's call, with the prompts masked; preference losses are left alone.
+            in the model's call, with the prompts masked; with `OGPSACallback` TRL's preference
+            losses are left alone, in a loop of your own set it to 0 if they get labels.
             Default: 0.33 for ``budget``, else 0.
         seed: of the order in which reference examples are drawn.
 
@@ -197,6 +205,17 @@ class OGPSAConfig:
 
     # ------------------------------------------------------------------ what follows from it
 
+    def penalty_on(self, *, labels: bool) -> float:
+        """λ in a step whose training loss is, or is not, of ``labels`` in the model's call."""
+        if self.penalty is None:
+            return SUPERVISED_PENALTY if labels else 0.0
+        return self.penalty
+
+    def acting(self, *, labels: bool) -> OGPSAConfig:
+        """The settings as they act on next-token losses, or on losses of another kind."""
+        weight = self.first_token_weight if labels else 0.0
+        return replace(self, first_token_weight=weight, penalty=self.penalty_on(labels=labels))
+
     @property
     def mean_rows_idle(self) -> bool:
         """Whether nothing reads the mean rows between two refreshes: they only go into bases."""
@@ -263,9 +282,8 @@ class OGPSAConfig:
             self._set("decay", 0.8 if streaming else 0.0)
         if self.sketch_size is None:
             self._set("sketch_size", 2 * self.rank if isinstance(self.rank, int) else None)
-        if self.penalty is None:
-            steps = self.constraint == "budget" and self.space == "update"
-            self._set("penalty", 0.25 if steps else 0.0)
+        if self.penalty is None and (self.constraint != "budget" or self.space == "gradient"):
+            self._set("penalty", 0.0)
         if self.first_token_weight is None:
             self._set("first_token_weight", 0.33 if self.constraint == "budget" else 0.0)
 
@@ -299,7 +317,7 @@ class OGPSAConfig:
             "restoration_cap": (0.0, float("inf"), "(]"),
             "first_token_weight": (0.0, 1.0, "[]"),
         }
-        optional = {"adaptive_threshold", "energy"}
+        optional = {"adaptive_threshold", "energy", "penalty"}
         for name, (low, high, ends) in real.items():
             value = getattr(self, name)
             if value is None and name in optional:

@@ -29,9 +29,10 @@ class FirstTokenEmphasis:
     The loss of a token depends on the decoder's output at one position, so the gradient there is
     scaled, which is the same as weighing the loss, in any trainer; the reported loss stays what it
     is. Which tokens come first is read off the ``labels`` that the model is called with: a label
-    that is learned after one that is not. Forward passes without labels (preference losses among
-    them), without gradients, or in evaluation mode are left alone; so are labels that cover the
-    prompts as well.
+    that is learned after one that is not. Forward passes without labels, without gradients, or in
+    evaluation mode are left alone; so are labels that cover the prompts as well. Labels do not say
+    what becomes of the log-probabilities: of preference losses that call the model with labels, as
+    TRL's do, `OGPSACallback` keeps the emphasis away.
 
     Args:
         model: the model as it is called in training, a PEFT model as a rule.

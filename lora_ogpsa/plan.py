@@ -241,10 +241,10 @@ def _stage_lines(plan: StagePlan) -> list[RenderableType]:
     )
     if stage.rejected == "base":
         lines.append(Text("pairs     chosen: the data's answers; rejected: the base model's own"))
-    if stage.ogpsa is None:
+    if stage.acting is None:
         lines.append(Text("OGPSA     off"))
     else:
-        settings = ", ".join(f"{k}={v}" for k, v in shown_settings(stage.ogpsa).items())
+        settings = ", ".join(f"{k}={v}" for k, v in shown_settings(stage.acting).items())
         lines.append(Text(f"OGPSA     {settings}"))
         for r in stage.references:
             kind = f" ({r.kind})" if r.kind else ""

@@ -127,6 +127,7 @@ class OGPSA:
         self._skipped = False
         self._armed = False
         self._nested = False
+        self._labels = False
         #: Running sums of what happens in steps and refreshes.
         self.logs = StepLogs()
         self._handles: list[Any] = []
@@ -156,6 +157,7 @@ class OGPSA:
             self.model.get_submodule(self.space.blocks[0].name).register_forward_pre_hook(
                 self._watch_forward
             ),
+            self.model.register_forward_pre_hook(self._watch_labels, with_kwargs=True),
         ]
         if self.config.first_token_weight:
             self._handles.append(FirstTokenEmphasis(self.model, self.config.first_token_weight))
@@ -182,6 +184,11 @@ class OGPSA:
             cast.enabled = torch.is_autocast_enabled(kind)
             cast.dtype = torch.get_autocast_dtype(kind) if cast.enabled else torch.float32
 
+    def _watch_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note whether the training loss is of labels: preference losses give the model none."""
+        if module.training and torch.is_grad_enabled():
+            self._labels = kwargs.get("labels") is not None
+
     @torch.no_grad()
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         safeguards.refuse_closure(args, kwargs)
@@ -201,8 +208,9 @@ class OGPSA:
         if not self._nested and not self._refreshes_after and self.is_refresh_due():
             self.refresh()
         self._armed = True
-        if self.config.penalty and not self._nested:
-            self._penalise(optimizer)
+        penalty = self.config.penalty_on(labels=self._labels)
+        if penalty and not self._nested:
+            self._penalise(optimizer, penalty)
         if self.config.space == "gradient":
             self._project_gradients()
         else:
@@ -242,10 +250,10 @@ class OGPSA:
             self.space.write(before)
             raise
 
-    def _penalise(self, optimizer: Any) -> None:
+    def _penalise(self, optimizer: Any, penalty: float) -> None:
         """Add the reference losses' mean gradient to the training gradient."""
         shares = torch.tensor([o.reference.share for o in self.estimator.objectives])
-        weights = (self.config.penalty or 0.0) * shares / shares.sum()
+        weights = penalty * shares / shares.sum()
         flat = weights.to(self.space.device) @ self.estimator.means
         # Under a GradScaler a fused optimizer divides by the scale itself.
         scale = getattr(optimizer, "grad_scale", None)

@@ -71,6 +71,11 @@ class Stage:
     ogpsa: OGPSAConfig | None = None
     references: tuple[Reference, ...] = ()
 
+    @property
+    def acting(self) -> OGPSAConfig | None:
+        """The settings as they act on the trainer's loss."""
+        return self.ogpsa and self.ogpsa.acting(labels=self.trainer == "sft")
+
     def argument(self, name: str) -> Any:
         """An argument of the trainer, its default where the recipe is silent."""
         return self.training.get(name, defaults(training_class(self.trainer)).get(name))

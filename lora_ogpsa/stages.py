@@ -307,7 +307,7 @@ def _facts(
     return {
         "base": recipe.model["model_name_or_path"],
         "data": stage.dataset_name,
-        "ogpsa": stage.ogpsa.to_dict() if protected and stage.ogpsa is not None else None,
+        "ogpsa": stage.acting.to_dict() if protected and stage.acting is not None else None,
         "contrast": None if contrast is None else contrast.to_dict(),
         "training": {"trainer": stage.trainer, **stage.training, "steps": record["steps"]},
         "quantisation": describe_quantisation(model),

@@ -17,7 +17,10 @@ def test_defaults_resolve_to_the_streamed_budget():
         3,
     )
     assert config.sketch_size == 2 * config.rank
-    assert (config.first_token_weight, config.penalty) == (0.33, 0.25)
+    assert config.first_token_weight == 0.33
+    assert config.penalty is None
+    assert config.penalty_on(labels=True) == 0.25
+    assert config.penalty_on(labels=False) == 0.0
 
 
 def test_orthogonal_resolves_to_intervals_per_adapter():

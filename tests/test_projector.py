@@ -8,6 +8,7 @@ from references import token_reference, training_step
 from transformers.optimization import Adafactor
 
 from lora_ogpsa import OGPSA, OGPSAConfig
+from lora_ogpsa.config import SUPERVISED_PENALTY
 from lora_ogpsa.errors import (
     AdapterError,
     ConfigError,
@@ -238,6 +239,28 @@ def test_penalty_keeps_a_reference_nearer(tiny_peft):
         return float(objective.losses(model, range(6))[1].mean())
 
     assert divergence(10.0) < 0.5 * divergence(0.0)
+
+
+def test_default_penalty_needs_labels_in_the_models_call(tiny_peft):
+    def trained(penalty, labelled):
+        model = tiny_peft(warm=True)
+        optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
+        with OGPSA(model, optimizer, two_references(), OGPSAConfig(penalty=penalty)) as ogpsa:
+            for step in range(4):
+                if labelled:
+                    training_step(model, step)
+                else:
+                    ids = torch.arange(3, 19).unsqueeze(0)
+                    model(input_ids=ids).logits.log_softmax(-1)[..., 5].sum().backward()
+                with torch.no_grad():  # as for a preference loss's reference policy
+                    model(input_ids=torch.tensor([[3, 4]]))
+                optimizer.step()
+                optimizer.zero_grad()
+            return ogpsa.space.read()
+
+    assert torch.equal(trained(None, True), trained(SUPERVISED_PENALTY, True))
+    assert torch.equal(trained(None, False), trained(0.0, False))
+    assert not torch.equal(trained(None, False), trained(SUPERVISED_PENALTY, False))
 
 
 def test_restoration_lowers_the_excess_it_measured(tiny_peft):

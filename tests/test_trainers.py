@@ -19,6 +19,7 @@ from trl import (
 )
 
 from lora_ogpsa import OGPSA, OGPSACallback, OGPSAConfig, Reference
+from lora_ogpsa.config import SUPERVISED_PENALTY
 from lora_ogpsa.errors import ConfigError, ProjectionError
 from lora_ogpsa.reference import Objective
 
@@ -186,6 +187,44 @@ def test_sft_then_dpo_each_with_its_own_settings(tiny_model, tiny_tokenizer, tmp
         processing_class=tiny_tokenizer,
     )
     assert_exact(second, *protect(second, "kl", "dpo"))
+
+
+def test_what_is_for_next_token_losses_leaves_preference_losses_alone(
+    tiny_peft, tiny_tokenizer, tmp_path
+):
+    """TRL's trainers give the model labels for either."""
+    from test_callback import PAIRS
+    from trl import SFTConfig, SFTTrainer
+
+    kinds = {
+        "sft": (SFTTrainer, SFTConfig, PAIRS),
+        "dpo": (DPOTrainer, DPOConfig, PREFERENCES),
+        "kto": (KTOTrainer, KTOConfig, LABELLED),
+    }
+
+    def trained(kind, **settings):
+        torch.manual_seed(0)
+        trainer, settings_of, rows = kinds[kind]
+        trainer = trainer(
+            tiny_peft(warm=True),
+            args=arguments(
+                tmp_path, settings_of, bf16=False, max_length=64, per_device_train_batch_size=4
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tiny_tokenizer,
+        )
+        callback = OGPSACallback(OGPSAConfig(**settings), [REFERENCES["kl"]]).attach(trainer)
+        trainer.train()
+        return callback.ogpsa.space.read()
+
+    without = {"penalty": 0.0, "first_token_weight": 0.0}
+    for kind in ("dpo", "kto"):
+        assert torch.equal(trained(kind), trained(kind, **without))
+        assert not torch.equal(trained(kind), trained(kind, **without | {"penalty": 1.0}))
+    supervised = trained("sft")
+    assert torch.equal(supervised, trained("sft", penalty=SUPERVISED_PENALTY))
+    assert not torch.equal(supervised, trained("sft", penalty=0.0))
+    assert not torch.equal(supervised, trained("sft", first_token_weight=0.0))
 
 
 # ------------------------------------------------------------------ other trainers
