@@ -51,6 +51,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0.0,
         help="part of the SFT rows taken from the package beside those of a folder",
     )
+    add(
+        "--own-pairs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="DPO on so many of the SFT rows, whose answers are preferred to the base model's "
+        "own, and not on the folder's pairs",
+    )
     add("--model", default="embedded", help="folder or hub id, or `embedded`")
     add("--load-in-4bit", action="store_true", help="NF4 base")
     add(
@@ -144,7 +152,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
     chosen = tuple(stages[name] for name in options.stage.split("_"))
     passes = options.reference_passes
     return Setting(
-        source=Source.named(options.data, options.embedded_share),
+        source=Source.named(options.data, options.embedded_share, options.own_pairs),
         model=options.model,
         load_in_4bit=options.load_in_4bit,
         stages=chosen,

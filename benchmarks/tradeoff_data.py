@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,16 @@ class Source:
         folder: with `FILES`, or ``None`` for the data in the package.
         embedded_share: of the SFT stage's rows, the part that comes from the package where the
             rest comes from a folder.
+        own_pairs: how many of the SFT stage's answers the DPO stage sets against the base model's
+            own, in place of the folder's pairs; 0 takes those.
     """
 
     folder: Path | None
     embedded_share: float = 0.0
+    own_pairs: int = 0
 
     @classmethod
-    def named(cls, name: str, embedded_share: float = 0.0) -> Source:
+    def named(cls, name: str, embedded_share: float = 0.0, own_pairs: int = 0) -> Source:
         """``"embedded"`` or a folder.
 
         Raises:
@@ -65,15 +69,19 @@ class Source:
         if name == "embedded":
             if embedded_share:
                 raise DataError("All of the embedded data is from the package already.")
-            return cls(None)
+            return cls(None, own_pairs=own_pairs)
         folder = Path(name)
         missing = [file for file in FILES.values() if not (folder / file).is_file()]
         if missing:
             raise DataError(f"{folder} lacks {', '.join(missing)}.")
-        return cls(folder, embedded_share)
+        return cls(folder, embedded_share, own_pairs)
 
     def identity(self) -> str:
         """A name that changes with the content."""
+        pairs = f"+{self.own_pairs}-own-pairs" if self.own_pairs else ""
+        return self._rows_identity() + pairs
+
+    def _rows_identity(self) -> str:
         if self.folder is None:
             return "embedded"
         digest = hashlib.sha256()
@@ -110,17 +118,20 @@ class Source:
     def pairs(self, tokenizer: Any, max_length: int, model: nn.Module) -> list[Pair]:
         """The DPO stage's pairs of chosen and rejected answers.
 
-        The package has no preference data: there the base model's own answer is the rejected one.
+        The package has no preference data: there, and with `own_pairs`, the base model's own answer
+        is the rejected one.
 
         Args:
             tokenizer: of the model.
             max_length: longest prompt with answer, in tokens.
-            model: the base model, for the embedded data.
+            model: the base model, for its own answers.
         """
-        if self.folder is not None:
+        if self.folder is not None and not self.own_pairs:
             rows = data.load_rows(self.path("dpo"))
             return _that_fit(rows, lambda row: _encoded_pair(tokenizer, row, max_length))
         chosen = self.answered(tokenizer, max_length)
+        if self.own_pairs:
+            chosen = random.Random(_SPLIT_SEED).sample(chosen, min(self.own_pairs, len(chosen)))
         return _against_own(chosen, model, tokenizer)
 
     def held_out_pairs(self) -> str | None:

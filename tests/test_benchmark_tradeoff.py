@@ -520,6 +520,7 @@ def test_a_cell_is_known_by_everything_that_makes_it(tmp_path: Path) -> None:
         ("--precision", "bfloat16"),
         ("--precision", "float32"),
         ("--stage", "dpo"),
+        ("--own-pairs", "9"),
         ("--schedule", "linear"),
     ]
     paths = [path(seed=1), path(method="paper_shared"), *(path(*c) for c in changes)]
@@ -555,6 +556,27 @@ def test_embedded_rows_are_mixed_into_those_of_a_folder(tmp_path: Path) -> None:
     for name, share, message in ((str(tmp_path), 1.0, "share"), ("embedded", 0.5, "already")):
         with pytest.raises(DataError, match=message):
             Source.named(name, share)
+
+
+def test_a_folders_answers_are_preferred_to_the_models_own(
+    tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    for file in FILES.values():
+        (tmp_path / file).touch()
+    rows = [{"prompt": f"Own {i}?", "completion": f"No {i}."} for i in range(HELD_OUT + 12)]
+    (tmp_path / FILES["sft"]).write_text("\n".join(json.dumps(row) for row in rows))
+    pair = {"prompt": "Given?", "chosen": "No.", "rejected": "Yes."}
+    (tmp_path / FILES["dpo"]).write_text(json.dumps(pair))
+    model = tiny_model()
+    given, own = (Source.named(str(tmp_path), own_pairs=count) for count in (0, 5))
+    assert own.identity() == f"{given.identity()}+5-own-pairs"
+    assert len(given.pairs(tiny_tokenizer, 256, model)) == 1
+    pairs = own.pairs(tiny_tokenizer, 256, model)
+    trained = own.answered(tiny_tokenizer, 256)
+    assert len(pairs) == 5
+    for chosen, rejected in pairs:
+        assert chosen in trained
+        assert rejected[0] == chosen[0] and rejected[1] != chosen[1]
 
 
 def test_no_method_trains_on_what_is_measured() -> None:
