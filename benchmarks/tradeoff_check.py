@@ -3,9 +3,9 @@
     python benchmarks/tradeoff_check.py benchmarks/results/tradeoff_sft_rivals.json --data FOLDER
 
 How strong an adapter has to be, to be as safe as plain training, is read off the table's own
-prompts. Here the other prompts of the same files are asked at that strength, and multiple-choice
-questions. Of methods that came to plain training's safety; plain training's adapters as they are.
-The folder of cells has to be that of the table.
+prompts. Here the other prompts of the same files are asked at that strength, the evaluation prompts
+of the package, and multiple-choice questions. Of methods that came to plain training's safety;
+plain training's adapters as they are. The folder of cells has to be that of the table.
 
 Results go to benchmarks/results/other_prompts.json.
 """
@@ -23,9 +23,10 @@ import common
 from peft import PeftModel
 from tradeoff_cells import cell_name
 from tradeoff_data import Source
-from tradeoff_measures import Limits, measure, suite, taxed
+from tradeoff_measures import TAXED, Limits, measure, suite, taxed
 from tradeoff_summary import mean_values
 
+from lora_ogpsa.data import load_rows
 from lora_ogpsa.evaluation import EvaluationSuite
 from lora_ogpsa.evaluation.session import measured_rows
 from lora_ogpsa.evaluation.tax import taxes_removed
@@ -33,6 +34,12 @@ from lora_ogpsa.models import load_model
 from lora_ogpsa.strength import at_strength
 
 CHOICES = "multiple_choice"
+# Measures of prompts of the package, with the measure of the table whose settings they have.
+PACKAGE = {
+    "package_harmful": ("embedded:eval_harmful", "harmful"),
+    "package_harmless": ("embedded:eval_harmless", "harmless"),
+}
+_TAXED = (*TAXED, "package_harmless")
 
 
 def other_prompts(chosen: EvaluationSuite, limit: int) -> dict[str, list[Any]]:
@@ -50,15 +57,17 @@ def other_prompts(chosen: EvaluationSuite, limit: int) -> dict[str, list[Any]]:
 
 
 def other_suite(chosen: EvaluationSuite, limit: int) -> EvaluationSuite:
-    """The refusal measures with other prompts, and multiple choice as it is.
+    """The refusal measures with other prompts and with the package's; multiple choice as it is.
 
     Args:
         chosen: what the table measures.
         limit: most prompts per refusal measure.
     """
     measures = {n: spec for n, spec in chosen.measures.items() if spec.measure == CHOICES}
-    for name, rows in other_prompts(chosen, limit).items():
-        spec = chosen.measures[name]
+    asked = {name: (rows, name) for name, rows in other_prompts(chosen, limit).items()}
+    asked |= {name: (load_rows(file)[:limit], like) for name, (file, like) in PACKAGE.items()}
+    for name, (rows, like) in asked.items():
+        spec = chosen.measures[like]
         measures[name] = replace(spec, data=rows, limit=limit, where=None, shuffle_seed=None)
     return replace(chosen, measures=measures)
 
@@ -95,7 +104,7 @@ def summarise(base: Mapping[str, float], cells: Sequence[Mapping[str, Any]]) -> 
         summary[method] = {
             "seeds": [cell["seed"] for cell in own],
             "measures": measures,
-            "tax_removed": taxes_removed(taxed(base), taxed(beside), taxed(measures)),
+            "tax_removed": taxes_removed(*(taxed(v, _TAXED) for v in (base, beside, measures))),
         }
     return summary
 

@@ -17,6 +17,8 @@ COLUMNS = {
     "harmful": "harmful.refused",
     "over_refusal": "harmless.refused",
     "general_refusal": "ordinary.refused",
+    "package_harmful": "package_harmful.refused",
+    "package_harmless": "package_harmless.refused",
     "safety_nll": "safety.nll",
     "gsm8k_nll": "gsm8k.nll",
     "alpaca_nll": "alpaca.nll",

@@ -83,12 +83,14 @@ def test_adapters_are_measured_at_the_strength_of_the_table(
     command = [str(table), *places, "--limit", "5", "--choice-limit", "6", "--output", str(output)]
     tradeoff_check.main([*command, "--data", str(folder)])
     found = json.loads(output.read_text())
-    assert found["prompts"] == {"harmful": 5, "harmless": 5, "ordinary": 5, "choices": 6}
+    asked = dict.fromkeys(["harmful", "harmless", "ordinary", *tradeoff_check.PACKAGE], 5)
+    assert found["prompts"] == {**asked, "choices": 6}
     assert [(c["method"], c["strength"]) for c in found["cells"]] == [
         ("plain", 1.0),
         ("low_lr_0.3", 1.5),
     ]
     wanted = {"harmful", "over_refusal", "general_refusal", "mmlu", "arc_easy"}
+    wanted |= {*tradeoff_check.PACKAGE}
     assert all(set(entry["measures"]) == wanted for entry in found["summary"].values())
 
     tradeoff_check.main([*command, "--data", str(folder), "--methods", "plain"])
