@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_ogpsa.basis import BLOCK
 from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.contrast_config import ContrastConfig
 from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.reference import Reference
 
@@ -15,8 +16,10 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BASIS_BYTES = {**_DTYPE_BYTES, "int8": 1 + 4 / BLOCK}  # a float32 scale for each block
 # Bytes of optimizer state per trained parameter; what is not listed is taken for AdamW.
 _OPTIMIZER_BYTES = (("8bit", 2.0), ("sgd", 0.0), ("adafactor", 0.1), ("lion", 4.0))
-# An 8B Llama with rank 16 on all linear layers, from which an unknown model is scaled.
+# An 8B Llama with rank 16 on all linear layers, from which an unknown model is scaled, and what of
+# a contrast adapter on it is trained.
 _KNOWN_BASE, _KNOWN_ADAPTER, _KNOWN_RANK = 8.0e9, 42e6, 16
+_KNOWN_CONTRAST = 0.7e6
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ def _local_config(name: str) -> Any | None:
         return None
 
 
+def _contrast_alone(recipe: Recipe) -> ContrastConfig | None:
+    """The contrast adapter, if no usual one is trained beside it."""
+    return recipe.contrast if recipe.arms == ["ogpsa"] else None
+
+
 def _from_config(recipe: Recipe, config: Any) -> ModelSize:
     import torch
     from peft import get_peft_model
@@ -90,10 +98,10 @@ def _from_config(recipe: Recipe, config: Any) -> ModelSize:
             for m in model.modules()
             if isinstance(m, torch.nn.Linear) and m is not head
         )
-        if recipe.contrast is None or recipe.arms != ["ogpsa"]:
+        if (contrast := _contrast_alone(recipe)) is None:
             adapted = get_peft_model(model, lora_config(recipe))
         else:
-            adapted = contrast_adapter(model, recipe.contrast, lora_config(recipe))
+            adapted = contrast_adapter(model, contrast, lora_config(recipe))
     dtype = recipe.model["dtype"]
     if dtype in (None, "auto"):
         embedded = recipe.model["model_name_or_path"] == EMBEDDED
@@ -120,12 +128,14 @@ def _from_name(recipe: Recipe) -> ModelSize | None:
         return None
     parameters = float(found.group(1)) * (1e9 if found.group(2).lower() == "b" else 1e6)
     # A base grows with depth times width squared, an adapter with depth times width.
-    scale = (parameters / _KNOWN_BASE) ** (2 / 3) * recipe.model["lora_r"] / _KNOWN_RANK
+    known = _KNOWN_ADAPTER * recipe.model["lora_r"] / _KNOWN_RANK
+    if _contrast_alone(recipe) is not None:
+        known = _KNOWN_CONTRAST
     dtype = recipe.model["dtype"]
     return ModelSize(
         parameters=int(parameters),
         quantised=int(0.87 * parameters),
-        adapter=int(_KNOWN_ADAPTER * scale),
+        adapter=int(known * (parameters / _KNOWN_BASE) ** (2 / 3)),
         layers=0,
         hidden=0,
         vocabulary=0,

@@ -68,6 +68,15 @@ def test_recipe_plans_offline(path: Path) -> None:
     assert "OGPSA " in shown and "in all" in shown
 
 
+def test_settings_are_shown_as_they_act_on_the_stages_loss() -> None:
+    supervised, preferences = load_recipe(FOLDER / "sft_then_dpo.yaml").stages
+    for stage, penalty, weight in ((supervised, 0.25, 0.33), (preferences, 0.0, 0.0)):
+        assert stage.acting is not None
+        shown = shown_settings(stage.acting)
+        assert (shown["penalty"], shown["first_token_weight"]) == (penalty, weight)
+    assert supervised.ogpsa == preferences.ogpsa
+
+
 def test_the_8b_recipe_fits_its_gpu_and_says_what_it_could_not_see() -> None:
     plan = make_plan(load_recipe(FOLDER / "llama3_8b_sft_24gb.yaml"))
     parts = plan.memory()
@@ -150,14 +159,17 @@ def test_an_unknown_model_has_a_plan_without_an_estimate(tmp_path: Path, tiny_fo
 
 
 def test_a_size_in_the_name_scales_the_adapter(tmp_path: Path, tiny_folder: Path) -> None:
-    def size(name: str, rank: int) -> ModelSize:
-        raw = tiny_recipe(tmp_path, tiny_folder, model_name_or_path=name, lora_r=rank)
+    def size(name: str, rank: int, **keys: bool) -> ModelSize:
+        raw = tiny_recipe(tmp_path, tiny_folder, model_name_or_path=name, lora_r=rank, **keys)
         found = model_size(parse_recipe(raw))
         assert found is not None
         return found
 
     assert size("someone/model-8B", 16).adapter == 42_000_000  # as in the design's cost model
     assert size("someone/model-8B", 8).adapter == 21_000_000
+    contrast = size("someone/model-8B", 16, contrast=True, compare=False).adapter
+    assert contrast == 700_000  # no rank to choose
+    assert size("someone/model-8B", 16, contrast=True, compare=True).adapter == 42_000_000
     assert size("someone/model-1.5b-chat", 16).parameters == 1_500_000_000
     assert size("someone/model-360M", 16).parameters == 360_000_000
 
