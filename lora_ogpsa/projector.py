@@ -185,7 +185,7 @@ class OGPSA:
             cast.dtype = torch.get_autocast_dtype(kind) if cast.enabled else torch.float32
 
     def _watch_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Note whether the training loss is of labels: preference losses give the model none."""
+        """Note whether the training loss can be one on labels."""
         if module.training and torch.is_grad_enabled():
             self._labels = kwargs.get("labels") is not None
 
