@@ -38,8 +38,7 @@ def compare_json(recipe: Recipe, base: EvaluationResult, cells: Sequence[Cell]) 
     content |= summary.to_json()
     for rule, found in content["rules"].items():
         own = [cell for cell in done if cell.rule == rule]
-        stages = own[0].recipe.stages
-        found["ogpsa"] = {s.name: s.acting.to_dict() if s.acting else None for s in stages}
+        found["ogpsa"] = own[0].recipe.ogpsa_settings
         found["training"] = {str(cell.seed): _training(cell) for cell in own}
     return content
 

@@ -123,9 +123,8 @@ class OGPSAConfig:
             optimizer's momentum then works against drift too, and the constraint has less to
             correct. It costs no reference pass. Update space, and not for ``orthogonal``.
             Default: for ``budget`` `SUPERVISED_PENALTY` in steps on a loss of ``labels`` in the
-            model's call and 0 in others (``None`` stands for that), else 0. A preference loss
-            hardly has a gradient to set against it, so that a stage of DPO would only lead back
-            to the base model, with every reference well within its budget.
+            model's call and 0 in others (``None`` stands for that), else 0. In a stage of DPO
+            after SFT it led back to the base model, with every reference well within its budget.
         restoration: strength in [0, 1] of a step back to the base model's reference losses at
             each refresh (0 is off). The budget constraint has its own (``recovery``).
         restoration_cap: the restoration step is at most this many typical optimizer steps long.

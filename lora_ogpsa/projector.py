@@ -157,8 +157,11 @@ class OGPSA:
             self.model.get_submodule(self.space.blocks[0].name).register_forward_pre_hook(
                 self._watch_forward
             ),
-            self.model.register_forward_pre_hook(self._watch_labels, with_kwargs=True),
         ]
+        if self.config.penalty is None:
+            self._handles.append(
+                self.model.register_forward_pre_hook(self._watch_labels, with_kwargs=True)
+            )
         if self.config.first_token_weight:
             self._handles.append(FirstTokenEmphasis(self.model, self.config.first_token_weight))
 

@@ -111,6 +111,12 @@ class Recipe:
     merge: str | None = None
 
     @property
+    def ogpsa_settings(self) -> dict[str, dict[str, Any] | None]:
+        """The settings as they act in each stage, by its name; ``None`` where it trains plainly."""
+        acting = {stage.name: stage.acting for stage in self.stages}
+        return {n: None if c is None else c.to_dict() for n, c in acting.items()}
+
+    @property
     def arms(self) -> list[str]:
         """The runs to be made: ``"ogpsa"``, ``"plain"`` or both, the recipe's own first."""
         if all(stage.ogpsa is None for stage in self.stages):

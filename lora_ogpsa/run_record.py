@@ -61,7 +61,7 @@ def results_json(
         "recipe_file": recipe.source,
         "recipe": recipe.raw,
         "seeds": {stage.name: stage.argument("seed") for stage in recipe.stages},
-        "ogpsa": {s.name: s.acting.to_dict() if s.acting else None for s in recipe.stages},
+        "ogpsa": recipe.ogpsa_settings,
         "versions": versions(),
         "evaluation": {part: measures_json(result) for part, result in results.items()},
         "differences": {
