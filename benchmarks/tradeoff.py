@@ -84,6 +84,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dpo-learning-rate", type=float, default=1e-4)
     add("--beta", type=float, default=0.1, help="of the preference loss")
     add(
+        "--likelihood",
+        type=float,
+        default=0.0,
+        help="weight of the chosen answers' negative log-likelihood beside the preference loss",
+    )
+    add(
         "--schedule",
         choices=["constant", "linear"],
         default="constant",
@@ -147,6 +153,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
             options.dpo_learning_rate,
             options.beta,
             options.schedule,
+            options.likelihood,
         ),
     }
     chosen = tuple(stages[name] for name in options.stage.split("_"))

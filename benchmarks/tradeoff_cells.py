@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Setting:
             "data": self.source.identity(),
             "model": Path(self.model).name,
             "load_in_4bit": self.load_in_4bit,
-            "stages": [asdict(stage) for stage in self.stages],
+            "stages": [stage.identity() for stage in self.stages],
             "max_length": self.max_length,
             "precision": self.precision,
             "reference_passes": self.passes,

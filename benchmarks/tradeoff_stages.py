@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class StageSettings:
         batch: examples (or pairs) per step.
         learning_rate: after the warm-up.
         beta: of the preference loss.
+        likelihood: weight of the chosen answers' negative log-likelihood beside that loss.
         schedule: of the learning rate after its warm-up, ``"constant"``, or ``"linear"`` to zero
             at the end, which is the default of Hugging Face's trainers.
     """
@@ -40,6 +41,11 @@ class StageSettings:
     learning_rate: float
     beta: float = 0.1
     schedule: str = "constant"
+    likelihood: float = 0.0
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values; without what an earlier version did not have and does not act."""
+        return {k: v for k, v in asdict(self).items() if k != "likelihood" or v}
 
     def rate(self, step: int) -> float:
         """Factor on the learning rate in the step after `step` others."""
@@ -194,10 +200,16 @@ def _loss(stage: StageSettings, model: nn.Module, batch: Any, pad: int) -> Tenso
     if stage.name == "sft":
         return model(**_on_device(chat.collate(batch, pad), model)).loss
     pairs, reference = batch
-    ratio = _log_probs(model, _sides(pairs), pad) - reference.to(next(model.parameters()).device)
+    found = _log_probs(model, _sides(pairs), pad)
+    ratio = found - reference.to(found.device)
     chosen, rejected = ratio.unflatten(0, (2, len(pairs)))
     # Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
-    return -functional.logsigmoid(stage.beta * (chosen - rejected)).mean()
+    loss = -functional.logsigmoid(stage.beta * (chosen - rejected)).mean()
+    if stage.likelihood:
+        # Pang et al. 2024 (arXiv 2404.19733), eq. 1.
+        lengths = found.new_tensor([len(answer) for (_, answer), _ in pairs])
+        loss = loss - stage.likelihood * (found[: len(pairs)] / lengths).mean()
+    return loss
 
 
 @torch.no_grad()

@@ -266,6 +266,27 @@ def test_preference_loss_is_measured_from_the_policy_at_the_start_of_the_stage(
     assert reference[0].item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
+def test_the_chosen_answers_likelihood_is_beside_the_preference_loss(
+    tiny_model: Callable[..., Any], rows: dict[str, list[Any]]
+) -> None:
+    torch.manual_seed(0)
+    model = METHODS["plain"].build().wrap(tiny_model(), [], 0)
+    work = tradeoff_stages._with_reference_policy(model, [rows["dpo"][:2]], 2, "float32")
+    losses = [
+        tradeoff_stages._loss(
+            StageSettings("dpo", 1, 2, 1e-2, likelihood=weight), model, work[0], 2
+        )
+        for weight in (0.0, 0.5)
+    ]
+    means = []
+    for (prompt, answer), _ in rows["dpo"][:2]:
+        ids = torch.tensor([[*prompt, *answer]])
+        labels = torch.tensor([[*[chat.IGNORE_INDEX] * len(prompt), *answer]])
+        means.append(model(ids, labels=labels).loss.item())  # transformers' mean over the answer
+    assert losses[0].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert (losses[1] - losses[0]).item() == pytest.approx(sum(means) / 4, rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -521,11 +542,13 @@ def test_a_cell_is_known_by_everything_that_makes_it(tmp_path: Path) -> None:
         ("--precision", "float32"),
         ("--stage", "dpo"),
         ("--own-pairs", "9"),
+        ("--stage", "dpo", "--likelihood", "1"),
         ("--schedule", "linear"),
     ]
     paths = [path(seed=1), path(method="paper_shared"), *(path(*c) for c in changes)]
     assert len(set(paths)) == len(paths)
     assert path() == path("--dpo-steps", "7")  # not a setting of this stage
+    assert path() == path("--likelihood", "1")  # neither
     assert path() == path("--strengths", "2")  # measured of the same adapter
 
 

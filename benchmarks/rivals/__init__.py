@@ -165,6 +165,21 @@ _ALL = [
     ),
     *(
         Method(
+            f"replay_{weight:g}_default",
+            "penalty",
+            {
+                "weight": weight,
+                "loss": "distill",
+                "first_token_weight": FIRST_TOKEN_WEIGHT,
+                "references": "both_forms",
+            },
+            f"the same at weight {weight:g}, first answer tokens and references as in `default`",
+            "replay_default",
+        )
+        for weight in (0.3, 1.0)
+    ),
+    *(
+        Method(
             f"kl_penalty_{weight:g}",
             "penalty",
             {"weight": weight, "loss": "kl"},
@@ -233,6 +248,21 @@ _ALL = [
         )
         for rule, title in (("agem", "A-GEM"), ("pcgrad", "PCGrad"))
         for loss, what in (("distill", "their answers' NLL"), ("kl", "KL from the base model"))
+    ),
+    Method(
+        "ewc_100_default",
+        "ewc",
+        {"weight": 100.0, "references": "both_forms"},
+        "`ewc_100` on the references of `default`",
+    ),
+    *(
+        Method(
+            f"{rule}_kl_default",
+            "surgery",
+            {"rule": rule, "loss": "kl", "references": "both_forms"},
+            f"`{rule}_kl` on the references of `default`",
+        )
+        for rule in ("agem", "pcgrad")
     ),
     Method("corda", "corda", {}, "CorDA initialisation, knowledge-preserved mode"),
     Method("osf", "osf", {"trained": 16}, "OSF, 16 smallest singular directions trained", "osf"),

@@ -26,12 +26,14 @@ class EwcRival(Rival):
     Args:
         weight: :math:`\lambda`.
         renew_at: share of the stage after which the Fisher matrix is estimated again.
+        references: a name of `Source.references`.
     """
 
-    references = "shared"
-
-    def __init__(self, weight: float, renew_at: float | None = None) -> None:
+    def __init__(
+        self, weight: float, renew_at: float | None = None, references: str = "shared"
+    ) -> None:
         super().__init__()
+        self.references = references
         self.weight = weight
         self.renew_at = renew_at
         self._anchor: list[Tensor] | None = None
