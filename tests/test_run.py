@@ -193,6 +193,28 @@ def test_two_stages_train_one_adapter(tmp_path: Path, tiny_folder: Path) -> None
     assert 0 < moved < 10 * start
 
 
+def test_dpo_alone_with_the_likelihood_of_the_chosen_answers(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    preference: dict[str, Any] = {
+        "trainer": "dpo",
+        "rejected": "base",
+        "rejected_max_new_tokens": 6,
+    }
+
+    def first_log(name: str, **loss: Any) -> dict[str, float]:
+        raw = tiny_recipe(tmp_path, tiny_folder, stages=[{**preference, **loss}], evaluation=False)
+        _run({**raw, "output_dir": str(tmp_path / name)})
+        (record,) = (tmp_path / name / "runs/ogpsa").glob("*/adapter/training.json")
+        return json.loads(record.read_text())["log"][0]
+
+    assert first_log("alone")["loss"] == pytest.approx(0.6931, abs=1e-3)
+    both = first_log("both", loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
+    # A random model's negative log-likelihood is about the logarithm of its vocabulary.
+    assert both["loss"] > 0.6931 + 2
+    assert "ogpsa/excess/harmless" in both
+
+
 def test_dpo_alone_on_preference_rows(tmp_path: Path, tiny_folder: Path) -> None:
     pairs = write_rows(
         tmp_path / "pairs.jsonl",
