@@ -216,13 +216,18 @@ class StreamedRival(Rival):
     Args:
         loss: of the references, ``"distill"`` or ``"kl"``.
         adapter: arguments of `Rival`; its own adapter if not given.
+        references: a name of `Source.references`.
     """
 
-    references = "shared"
-
-    def __init__(self, loss: str, adapter: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        loss: str,
+        adapter: Mapping[str, Any] | None = None,
+        references: str = "shared",
+    ) -> None:
         super().__init__(**(adapter or {}))
         self.loss = loss
+        self.references = references
 
     def begin(self, training: Training) -> None:
         """Start the stream of reference examples."""

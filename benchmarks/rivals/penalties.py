@@ -29,7 +29,7 @@ class PenaltyRival(StreamedRival):
         first_token_weight: as in `OGPSAConfig`, so that a rule which has it is not compared with
             rivals that go without.
         adapter: as in `StreamedRival`.
-        references: a name of `Source.references`.
+        references: as in `StreamedRival`.
     """
 
     def __init__(
@@ -40,8 +40,7 @@ class PenaltyRival(StreamedRival):
         adapter: Mapping[str, Any] | None = None,
         references: str = "shared",
     ) -> None:
-        super().__init__(loss, adapter)
-        self.references = references
+        super().__init__(loss, adapter, references)
         self.weight = weight
         self.first_token_weight = first_token_weight
 

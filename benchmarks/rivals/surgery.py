@@ -48,12 +48,11 @@ class SurgeryRival(StreamedRival):
         rule: name in `RULES`.
         loss: of the references: ``"distill"``, the memory's own loss as in the papers, or
             ``"kl"``, the one OGPSA constrains.
-        references: a name of `Source.references`.
+        references: as in `StreamedRival`.
     """
 
     def __init__(self, rule: str, loss: str, references: str = "shared") -> None:
-        super().__init__(loss)
-        self.references = references
+        super().__init__(loss, references=references)
         self.rule = RULES[rule]
 
     def use(self, training: Training, loss: Tensor) -> None:
