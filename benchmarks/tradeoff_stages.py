@@ -175,6 +175,7 @@ def run_stage(
         steps=stage.steps,
         passes=passes,
         seed=seed,
+        preferences=stage.name == "dpo",
     )
     model.train()
     with spent.on(training):
@@ -200,7 +201,7 @@ def _loss(stage: StageSettings, model: nn.Module, batch: Any, pad: int) -> Tenso
     if stage.name == "sft":
         return model(**_on_device(chat.collate(batch, pad), model)).loss
     pairs, reference = batch
-    found = _log_probs(model, _sides(pairs), pad)
+    found = _log_probs(model, _sides(pairs), pad, labelled=stage.likelihood > 0)
     ratio = found - reference.to(found.device)
     chosen, rejected = ratio.unflatten(0, (2, len(pairs)))
     # Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
@@ -229,11 +230,21 @@ def _sides(pairs: Sequence[Any]) -> list[Any]:
     return [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
 
 
-def _log_probs(model: nn.Module, examples: Sequence[Any], pad: int) -> Tensor:
-    """Log-probability of each answer [B], summed over its tokens."""
+def _log_probs(
+    model: nn.Module, examples: Sequence[Any], pad: int, *, labelled: bool = False
+) -> Tensor:
+    """Log-probability of each answer [B], summed over its tokens.
+
+    Args:
+        model: the model.
+        examples: B prompts with an answer each.
+        pad: token that fills up the batch.
+        labelled: give the model the labels, as TRL does; methods read off them where answers begin.
+    """
     inputs = _on_device(chat.collate(examples, pad), model)
-    labels = inputs.pop("labels")[:, 1:]
+    labels = inputs["labels"] if labelled else inputs.pop("labels")
     logits = model(**inputs, use_cache=False).logits[:, :-1]
+    labels = labels[:, 1:]
     answer = labels != chat.IGNORE_INDEX
     # Only answers in float32: prompts would be most of it.
     found = -functional.cross_entropy(logits[answer].float(), labels[answer], reduction="none")

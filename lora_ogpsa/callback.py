@@ -86,12 +86,19 @@ class OGPSACallback(TrainerCallback):
             kwargs["model"],
             kwargs["optimizer"],
             self._references(args),
-            self.config.acting(labels=False) if _has_preference_loss(args) else self.config,
+            self._acting(args),
             processing_class=kwargs.get("processing_class"),
             cache=self.cache or cache_dir(),
         )
         if state.global_step > 0:
             self._resume(args, state.global_step)
+
+    def _acting(self, args: TrainingArguments) -> OGPSAConfig:
+        """The settings as they act on the trainer's loss."""
+        if not _has_preference_loss(args):
+            return self.config
+        parts = getattr(args, "loss_type", None) or ()
+        return self.config.acting(preferences=True, likelihood="sft" in parts)
 
     def _references(self, args: TrainingArguments) -> list[Reference] | None:
         """The references, with the trainer's own `beta` in preference losses that name none."""

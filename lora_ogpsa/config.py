@@ -131,8 +131,9 @@ class OGPSAConfig:
         first_token_weight: share of the training gradient that is of the first token of each
             answer alone (0 is off). Refusing begins there, and in a mean over an answer that token
             is too little to learn which prompts to refuse (`lora_ogpsa.emphasis`). Needs ``labels``
-            in the model's call, with the prompts masked; with `OGPSACallback` TRL's preference
-            losses are left alone, in a loop of your own set it to 0 if they get labels.
+            in the model's call, with the prompts masked. With `OGPSACallback` TRL's preference
+            losses are left alone, unless they have a part of likelihood (DPO's ``loss_type``
+            ``"sft"``); in a loop of your own set it to 0 if they get labels and have none.
             Default: 0.33 for ``budget``, else 0.
         seed: of the order in which reference examples are drawn.
 
@@ -210,10 +211,16 @@ class OGPSAConfig:
             return SUPERVISED_PENALTY if labels else 0.0
         return self.penalty
 
-    def acting(self, *, labels: bool) -> OGPSAConfig:
-        """The settings as they act on next-token losses, or on losses of another kind."""
-        weight = self.first_token_weight if labels else 0.0
-        return replace(self, first_token_weight=weight, penalty=self.penalty_on(labels=labels))
+    def acting(self, *, preferences: bool, likelihood: bool) -> OGPSAConfig:
+        """The settings as they act on a training loss.
+
+        Args:
+            preferences: whether the loss ranks answers.
+            likelihood: whether it has answers' likelihood, alone or beside that.
+        """
+        weight = self.first_token_weight if likelihood else 0.0
+        penalty = self.penalty_on(labels=not preferences)
+        return replace(self, first_token_weight=weight, penalty=penalty)
 
     @property
     def mean_rows_idle(self) -> bool:

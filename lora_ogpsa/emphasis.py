@@ -32,7 +32,8 @@ class FirstTokenEmphasis:
     that is learned after one that is not. Forward passes without labels, without gradients, or in
     evaluation mode are left alone; so are labels that cover the prompts as well. Labels do not say
     what becomes of the log-probabilities: of preference losses that call the model with labels, as
-    TRL's do, `OGPSACallback` keeps the emphasis away.
+    TRL's do, `OGPSACallback` keeps the emphasis away, unless likelihood is a part of them. There
+    it acts on both answers of a pair and on every part of the loss.
 
     Args:
         model: the model as it is called in training, a PEFT model as a rule.

@@ -74,7 +74,11 @@ class Stage:
     @property
     def acting(self) -> OGPSAConfig | None:
         """The settings as they act on the trainer's loss."""
-        return self.ogpsa and self.ogpsa.acting(labels=self.trainer == "sft")
+        if self.ogpsa is None:
+            return None
+        supervised = self.trainer == "sft"
+        likelihood = supervised or "sft" in (self.argument("loss_type") or ())
+        return self.ogpsa.acting(preferences=not supervised, likelihood=likelihood)
 
     def argument(self, name: str) -> Any:
         """An argument of the trainer, its default where the recipe is silent."""

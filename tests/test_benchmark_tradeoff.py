@@ -33,20 +33,21 @@ from tradeoff_summary import run_path, summarise, table
 
 STEPS = 5
 TRAINED = list(METHODS)
-# In a few steps a random model drifts less than the default rule's budget allows.
+
+
+def with_settings(name: str, **settings: Any) -> Method:
+    """One of OGPSA's methods under other settings."""
+    made_of = METHODS[name].settings
+    own = {k: v for k, v in made_of.items() if k != "settings"}
+    return ogpsa_method(name, {**made_of["settings"], **own, **settings})
+
+
 BUILT = {
     **METHODS,
-    **{
-        name: ogpsa_method(
-            name,
-            {
-                **METHODS[name].settings["settings"],
-                **{k: v for k, v in METHODS[name].settings.items() if k != "settings"},
-                "budget": 0.0,
-            },
-        )
-        for name in ("default", "default_lora", "default_one")
-    },
+    # In a few steps a random model drifts less than the default rule's budget allows.
+    **{n: with_settings(n, budget=0.0) for n in ("default", "default_lora", "default_one")},
+    "no_penalty": with_settings("default", budget=0.0, penalty=0.0),
+    "no_emphasis": with_settings("default", budget=0.0, first_token_weight=0.0),
 }
 
 
@@ -73,14 +74,16 @@ def trained(
     tiny_model: Callable[..., Any], rows: dict[str, list[Any]], objectives: list[Any]
 ) -> Callable[..., Any]:
     @functools.cache
-    def train(name: str, stage: str = "sft", passes: float = 1.0) -> tuple[Any, Any]:
+    def train(
+        name: str, stage: str = "sft", passes: float = 1.0, likelihood: float = 0.0
+    ) -> tuple[Any, Any]:
         rival = BUILT[name].build()
         model = tiny_model()
         torch.manual_seed(0)
         rival.see(rows[stage])
         model = rival.wrap(model, objectives, round(passes * STEPS))
         run_stage(
-            StageSettings(stage, STEPS, 2, 0.1),
+            StageSettings(stage, STEPS, 2, 0.1, likelihood=likelihood),
             rival,
             model,
             rows[stage],
@@ -285,6 +288,19 @@ def test_the_chosen_answers_likelihood_is_beside_the_preference_loss(
         means.append(model(ids, labels=labels).loss.item())  # transformers' mean over the answer
     assert losses[0].item() == pytest.approx(math.log(2), abs=1e-6)
     assert (losses[1] - losses[0]).item() == pytest.approx(sum(means) / 4, rel=1e-5)
+
+
+def test_what_acts_on_a_preference_loss_depends_on_whether_likelihood_is_a_part_of_it(
+    trained: Callable[..., Any],
+) -> None:
+    def after(name: str, stage: str, likelihood: float = 0.0) -> torch.Tensor:
+        return parameters(trained(name, stage, likelihood=likelihood)[0])
+
+    assert not torch.equal(after("default", "sft"), after("no_penalty", "sft"))
+    assert torch.equal(after("default", "dpo"), after("no_penalty", "dpo"))
+    assert torch.equal(after("default", "dpo"), after("no_emphasis", "dpo"))
+    assert torch.equal(after("default", "dpo", 1.0), after("no_penalty", "dpo", 1.0))
+    assert not torch.equal(after("default", "dpo", 1.0), after("no_emphasis", "dpo", 1.0))
 
 
 # ------------------------------------------------------------------------------------- the command

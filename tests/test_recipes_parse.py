@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,9 @@ def test_settings_are_shown_as_they_act_on_the_stages_loss() -> None:
         shown = shown_settings(stage.acting)
         assert (shown["penalty"], shown["first_token_weight"]) == (penalty, weight)
     assert supervised.ogpsa == preferences.ogpsa
+    both = replace(preferences, training={**preferences.training, "loss_type": ["sigmoid", "sft"]})
+    assert both.acting is not None
+    assert (both.acting.penalty, both.acting.first_token_weight) == (0.0, 0.33)
 
 
 def test_the_8b_recipe_fits_its_gpu_and_says_what_it_could_not_see() -> None:

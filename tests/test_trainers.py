@@ -1,5 +1,7 @@
 """TRL's trainers: every step measured from outside, or the run refused with a reason."""
 
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset
@@ -196,10 +198,12 @@ def test_what_is_for_next_token_losses_leaves_preference_losses_alone(
     from test_callback import PAIRS
     from trl import SFTConfig, SFTTrainer
 
+    with_likelihood = partial(DPOConfig, loss_type=["sigmoid", "sft"])
     kinds = {
         "sft": (SFTTrainer, SFTConfig, PAIRS),
         "dpo": (DPOTrainer, DPOConfig, PREFERENCES),
         "kto": (KTOTrainer, KTOConfig, LABELLED),
+        "rpo": (DPOTrainer, with_likelihood, PREFERENCES),
     }
 
     def trained(kind, **settings):
@@ -225,6 +229,9 @@ def test_what_is_for_next_token_losses_leaves_preference_losses_alone(
     assert torch.equal(supervised, trained("sft", penalty=SUPERVISED_PENALTY))
     assert not torch.equal(supervised, trained("sft", penalty=0.0))
     assert not torch.equal(supervised, trained("sft", first_token_weight=0.0))
+    both = trained("rpo")
+    assert torch.equal(both, trained("rpo", penalty=0.0))
+    assert not torch.equal(both, trained("rpo", first_token_weight=0.0))
 
 
 # ------------------------------------------------------------------ other trainers

@@ -33,6 +33,7 @@ class Training:
         steps: optimizer steps in the stage.
         passes: reference examples a method may differentiate per step.
         seed: of the order in which reference examples are drawn.
+        preferences: whether the stage's loss ranks answers.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Training:
     steps: int
     passes: float
     seed: int
+    preferences: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -48,12 +48,11 @@ class OgpsaRival(Rival):
         mark = lambda *_: self._marks.append(training.now())  # noqa: E731
         hooks = training.optimizer
         self._clock = [hooks.register_step_pre_hook(mark), hooks.register_step_post_hook(mark)]
-        self._ogpsa = OGPSA(
-            training.model,
-            training.optimizer,
-            training.objectives,
-            OGPSAConfig.from_dict(settings),
-        )
+        config = OGPSAConfig.from_dict(settings)
+        if training.preferences:
+            # Where likelihood is no part of them, the model gets no labels and nothing is weighed.
+            config = config.acting(preferences=True, likelihood=True)
+        self._ogpsa = OGPSA(training.model, training.optimizer, training.objectives, config)
         # Hooks run in the order of registration: these close what the first two opened.
         self._clock += [hooks.register_step_pre_hook(mark), hooks.register_step_post_hook(mark)]
 
