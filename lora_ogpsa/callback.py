@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.config import OGPSAConfig, has_likelihood
 from lora_ogpsa.errors import ProjectionError
 from lora_ogpsa.models import cache_dir
 from lora_ogpsa.projector import OGPSA
@@ -97,8 +97,8 @@ class OGPSACallback(TrainerCallback):
         """The settings as they act on the trainer's loss."""
         if not _has_preference_loss(args):
             return self.config
-        parts = getattr(args, "loss_type", None) or ()
-        return self.config.acting(preferences=True, likelihood="sft" in parts)
+        likelihood = has_likelihood(getattr(args, "loss_type", None))
+        return self.config.acting(preferences=True, likelihood=likelihood)
 
     def _references(self, args: TrainingArguments) -> list[Reference] | None:
         """The references, with the trainer's own `beta` in preference losses that name none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -56,6 +56,16 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 #: `OGPSAConfig.penalty` where it is not given, in steps on next-token losses.
 SUPERVISED_PENALTY = 0.25
+
+
+def has_likelihood(loss_type: str | Sequence[str] | None) -> bool:
+    """Whether answers' likelihood is a part of a preference loss.
+
+    Args:
+        loss_type: of the trainer's arguments. TRL's DPO can have several and calls that one
+            ``"sft"``; other preference trainers have none of the name.
+    """
+    return "sft" in (loss_type or ())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_ogpsa.compare_settings import CompareSettings, parse_compare
-from lora_ogpsa.config import OGPSAConfig
+from lora_ogpsa.config import OGPSAConfig, has_likelihood
 from lora_ogpsa.contrast_config import ContrastConfig
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.recipe_file import as_mapping, read_recipe_file
@@ -77,7 +77,7 @@ class Stage:
         if self.ogpsa is None:
             return None
         supervised = self.trainer == "sft"
-        likelihood = supervised or "sft" in (self.argument("loss_type") or ())
+        likelihood = supervised or has_likelihood(self.argument("loss_type"))
         return self.ogpsa.acting(preferences=not supervised, likelihood=likelihood)
 
     def argument(self, name: str) -> Any:

@@ -45,7 +45,7 @@ class Training:
     steps: int
     passes: float
     seed: int
-    preferences: bool = False
+    preferences: bool
 
     @property
     def device(self) -> torch.device:
