@@ -6,8 +6,9 @@ Every method gets the same model, data order, optimizer, steps and number of ref
 passes. One cell is one method with one seed; a finished cell is kept in `--cells` and not run
 again, so an interrupted benchmark goes on where it stopped, and several processes with different
 `--methods` may share the folder. Its adapter is kept too: further `--strengths` are measured
-without training again. From all finished cells of the setting come the JSON with its `summary`, a
-Markdown table and a picture; `--summary-only` makes them without running anything.
+without training again. On another machine `--extend` takes the cells out of an earlier result, to
+add methods or seeds to its table. From all finished cells of the setting come the JSON with its
+`summary`, a Markdown table and a picture; `--summary-only` makes them without running anything.
 
 `--data embedded` runs on the data in the package, a folder on the files named in
 `tradeoff_data.FILES`. A variant of the default rule is named on the command line:
@@ -131,6 +132,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=24, help="length of judged answers")
     add("--jobs", type=int, default=1, help="cells at a time, each in a process of its own")
     add("--cells", type=Path, default=Path("outputs/tradeoff"))
+    add(
+        "--extend",
+        type=Path,
+        metavar="JSON",
+        help="an earlier result of the same setting, whose cells count as finished: to add methods "
+        "or seeds to its table",
+    )
     add("--output", type=Path, help="JSON; benchmarks/results/tradeoff_STAGE.json if not given")
     add("--summary-only", action="store_true", help="run nothing, use the finished cells")
     return parser.parse_args(arguments)
@@ -203,6 +211,23 @@ def methods_of(options: argparse.Namespace) -> dict[str, Method]:
     return chosen
 
 
+def extend(cells: Cells, path: Path) -> None:
+    """Take the cells of an earlier result as finished.
+
+    Raises:
+        SystemExit: it cannot be read, or has none of this setting.
+    """
+    try:
+        taken = cells.take(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path} is not a result of this benchmark: {error!r}") from error
+    if not taken:
+        raise SystemExit(
+            f"{path} is of another setting: give the options with which it was made, "
+            "`--methods` and `--seeds` apart."
+        )
+
+
 def run(
     cells: Cells, methods: dict[str, Method], seeds: list[int], jobs: int = 1
 ) -> list[dict[str, str | int]]:
@@ -263,6 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     setting, methods = setting_of(options), methods_of(options)
     cells = Cells(options.cells, setting)
+    if options.extend is not None:
+        extend(cells, options.extend)
     failures = [] if options.summary_only else run(cells, methods, options.seeds, options.jobs)
     finished = cells.all({**METHODS, **methods})
     if not finished:

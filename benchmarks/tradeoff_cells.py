@@ -135,7 +135,7 @@ class Cells:
         return json.loads(path.read_text()) if path.exists() else None
 
     def save(self, method: Method, seed: int, found: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep a finished cell, whole or not at all."""
+        """Keep a finished cell."""
         cell = {
             "method": method.name,
             "seed": seed,
@@ -145,12 +145,34 @@ class Cells:
             "environment": _environment(),
             **found,
         }
+        self._write(self.path(method, seed), cell)
+        return cell
+
+    def take(self, report: Mapping[str, Any]) -> int:
+        """Keep the cells of a result file that are of this setting and not in the folder yet.
+
+        Their adapters are not in such a file, so other strengths of them cannot be measured.
+
+        Args:
+            report: its content.
+
+        Returns:
+            How many of its cells are of this setting.
+        """
+        own = [cell for cell in report["cells"] if cell["made_of"]["setting"] == self._shared]
+        for cell in own:
+            name = cell_name(self.setting.name, cell["method"], cell["seed"], cell["made_of"])
+            path = self.folder / f"{name}.json"
+            if not path.exists():
+                self._write(path, cell)
+        return len(own)
+
+    def _write(self, path: Path, cell: Mapping[str, Any]) -> None:
+        """Write a cell, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(method, seed)
         work = path.with_suffix(f".{os.getpid()}.tmp")
         work.write_text(json.dumps(cell, indent=1))
         os.replace(work, path)
-        return cell
 
     def all(self, known: Mapping[str, Method]) -> list[dict[str, Any]]:
         """Every finished cell of the setting, also those that other processes made.

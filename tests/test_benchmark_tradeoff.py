@@ -372,6 +372,42 @@ def test_command_writes_results_and_resumes(
     assert len(ran) == 2
 
 
+def test_a_result_is_extended_without_the_cells_it_was_made_of(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tradeoff.main([*command, "--methods", "plain", "default"])
+    before = json.loads((tmp_path / "tradeoff.json").read_text())
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(before))
+    ran = []
+    real = tradeoff_cells.run_stage
+    monkeypatch.setattr(
+        tradeoff_cells,
+        "run_stage",
+        lambda stage, rival, *a, **k: ran.append(rival) or real(stage, rival, *a, **k),
+    )
+    elsewhere = [*command, "--cells", str(tmp_path / "elsewhere"), "--extend", str(earlier)]
+    tradeoff.main([*elsewhere, "--methods", "plain", "default", "mica"])
+    assert len(ran) == 1
+    after = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert after["cells"][:-1] == before["cells"]
+    assert after["summary"]["default"] == before["summary"]["default"]
+    assert after["summary"]["mica"]["seeds"] == [0]
+
+    # A cell of the folder is not replaced.
+    cell = next((tmp_path / "elsewhere").glob("sft-plain-*.json"))
+    changed = json.loads(cell.read_text()) | {"train_seconds": 1.0}
+    cell.write_text(json.dumps(changed))
+    tradeoff.main([*elsewhere, "--methods", "plain", "default"])
+    assert json.loads(cell.read_text()) == changed
+
+    with pytest.raises(SystemExit, match="is of another setting"):
+        tradeoff.main([*elsewhere, "--steps", "3"])
+    earlier.write_text("[1]")
+    with pytest.raises(SystemExit, match="is not a result of this benchmark"):
+        tradeoff.main(elsewhere)
+
+
 def test_jobs_give_the_cells_of_one_process(command: list[str], tmp_path: Path) -> None:
     chosen = ["--methods", "plain", "default_lora", "--schedule", "linear"]
     tradeoff.main([*command, *chosen])
