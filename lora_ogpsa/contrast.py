@@ -116,7 +116,14 @@ def get_contrast_model(
     count = _count(layers, config)
     looked_at = list(layers)[: max(count, math.ceil(_ACTING * len(layers)))]
     readers = [name for layer in looked_at for name in layers[layer]]
-    found = read_inputs(model, readers, harmful, list(kinds.values()), progress=progress)
+    found = read_inputs(
+        model,
+        readers,
+        harmful,
+        list(kinds.values()),
+        readiness=config.readiness,
+        progress=progress,
+    )
     # By what the last of them reads, which in a transformer is the MLP's input.
     scores = {
         layer: separation(found[layers[layer][-1]], config.ridge, config.text_weight)

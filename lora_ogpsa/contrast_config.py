@@ -31,6 +31,9 @@ class ContrastConfig:
         threshold: where A's response to the end of a prompt changes its sign, from 0, the harmless
             prompts' mean, to 1, the safety prompts'. Above 0 what is learnt from refusals pushes a
             usual harmless prompt away from them, and only a doubtful one is left as it is.
+        readiness: respond more to prompts that the base model is less ready to refuse, and neither
+            to words inside prompts nor to the tokens that all prompts begin with. Looking then
+            takes passes through the whole model. Meant for ``threshold=0.1, ridge=0.1``.
         ridge: :math:`\lambda` of `discriminant`.
         text_weight: :math:`\alpha` of `discriminant`: how much not responding to other text
             counts.
@@ -46,6 +49,7 @@ class ContrastConfig:
     gain: float = 40.0
     answer_tokens: int = 8
     threshold: float = 0.25
+    readiness: bool = False
     ridge: float = 0.3
     text_weight: float = 3.0
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _FOLDS = 4
 # How much it counts that the kinds of references, of different form, are responded to alike.
 _ALIKE = 8.0
+# How much it counts not to respond to a token that all prompts begin with, in usual directions. The
+# response is small, but the same in every row of a batch, and Adam makes its steps as long.
+_START = 30.0
 
 
 @dataclass(frozen=True)
@@ -19,15 +24,23 @@ class Inputs:
     Attributes:
         safety: [n, d], at the last token before the answer of prompts to be refused.
         references: for each kind of harmless prompt the same, [m, d].
-        text: second moment [d, d] at all other tokens of the harmless prompts and their answers.
+        text: second moment [d, d] where not to respond: at all other tokens of the harmless prompts
+            and their answers and, where readiness is asked for, once more at those inside all
+            prompts.
         answers: mean [d] at the first tokens of the safety prompts' answers; ``None`` where there
             are none.
+        ready: for the safety prompts [n] and each kind of harmless ones [m] the log-probability
+            that the base model begins its answer as the safety answers do; ``None`` where there
+            are none.
+        start: [s, d], at the tokens that all prompts begin with; ``None`` not to mind them.
     """
 
     safety: Tensor
     references: tuple[Tensor, ...]
     text: Tensor
     answers: Tensor | None = None
+    ready: tuple[Tensor, ...] | None = None
+    start: Tensor | None = None
 
     def split(self, fold: int) -> tuple[Inputs, Inputs]:
         """The prompts of one fold of `_FOLDS`, and all others; the text is whole in both."""
@@ -36,7 +49,9 @@ class Inputs:
             inside = torch.arange(len(rows), device=rows.device) % _FOLDS == fold
             own.append(rows[inside])
             others.append(rows[~inside])
-        parts = [Inputs(s, tuple(r), self.text, self.answers) for s, *r in (own, others)]
+        parts = [
+            replace(self, safety=s, references=tuple(r), ready=None) for s, *r in (own, others)
+        ]
         return parts[0], parts[1]
 
 
@@ -51,6 +66,20 @@ def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     references, the covariance :math:`\Sigma_k` of their means, the second moment :math:`M_t` of
     the text and the mean diagonal :math:`\bar\sigma` (Fisher 1936; Friedman 1989 for the ridge).
     :math:`\Sigma_k` keeps the form of a prompt, a question or a command, out of the direction.
+    Where `start` is given, :math:`30 \bar\sigma \hat x \hat x^\top` is added for each of its
+    tokens, of unit length; so too in the other directions here.
+
+    Where it is known how ready the base model is to refuse each prompt, the direction responds
+    more to those that it is less ready to refuse. With the log-probability :math:`o` of beginning
+    as a safety answer, its covariance :math:`c` with what is read, taken over the kinds as the
+    others are, and the mean :math:`K = -\mu_s(o)` that safety prompts lack (at least 1),
+
+    .. math::
+        w = a w_F - \left(\dots\right)^{-1} c / K
+
+    where :math:`w_F` is the above and :math:`a` such that the means respond by 1 apart. Among such
+    directions this one makes the variance of :math:`o + K w \cdot x` within the kinds least, with
+    the same penalties.
 
     Args:
         inputs: of the layer.
@@ -62,12 +91,22 @@ def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     """
     safety = inputs.safety.double()
     kinds = [rows.double() for rows in inputs.references]
-    moment = text_weight * inputs.text.double() + _covariance(safety) / 2
-    for rows in kinds:
-        moment += _covariance(rows) / (2 * len(kinds))
+    moment = text_weight * inputs.text.double() + _within(safety, kinds)
     means = torch.stack([rows.mean(0) for rows in kinds])
     moment += _ALIKE * _covariance(means)
-    return _solve(moment, safety.mean(0) - means.mean(0), ridge)
+    apart = safety.mean(0) - means.mean(0)
+    if inputs.ready is None:
+        return _solve(moment, apart, ridge, inputs.start)
+    of_safety, *of_kinds = (values.double()[:, None] for values in inputs.ready)
+    lacking = max(1.0, -of_safety.mean().item())
+    varies = _within(safety, kinds, of_safety, of_kinds) / lacking
+    fisher, unready = _solve(
+        moment, torch.cat([apart[:, None], varies], 1), ridge, inputs.start
+    ).unbind(1)
+    response = apart @ fisher
+    if response == 0:  # all prompts end alike here, as in the embeddings
+        return fisher
+    return (1 + apart @ unready) / response * fisher - unready
 
 
 def answer_start(inputs: Inputs, ridge: float) -> Tensor:
@@ -81,7 +120,7 @@ def answer_start(inputs: Inputs, ridge: float) -> Tensor:
         [d], float64, of a mean response of 1 at the ends of prompts.
     """
     ends = torch.cat([inputs.safety, *inputs.references]).double().mean(0)
-    found = _solve(inputs.text.double(), ends, ridge)
+    found = _solve(inputs.text.double(), ends, ridge, inputs.start)
     return found / (ends @ found)
 
 
@@ -107,7 +146,7 @@ def refusal(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     for rows in inputs.references:
         moment += rows.double().T @ rows.double() / (len(rows) * len(inputs.references))
     answers = inputs.answers.double()
-    found = _solve(moment, answers, ridge)
+    found = _solve(moment, answers, ridge, inputs.start)
     return found / (answers @ found)
 
 
@@ -169,11 +208,28 @@ def contrast_rows(
     return torch.stack(rows)
 
 
-def _covariance(rows: Tensor) -> Tensor:
-    centred = rows - rows.mean(0)
-    return centred.T @ centred / len(rows)
+def _within(
+    safety: Tensor,
+    kinds: Sequence[Tensor],
+    of_safety: Tensor | None = None,
+    of_kinds: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Covariance within kinds, half of it the safety prompts', with the same or other values."""
+    found = _covariance(safety, of_safety) / 2
+    for rows, values in zip(kinds, of_kinds or kinds, strict=True):
+        found += _covariance(rows, values) / (2 * len(kinds))
+    return found
 
 
-def _solve(moment: Tensor, target: Tensor, ridge: float) -> Tensor:
-    damping = ridge * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
+def _covariance(rows: Tensor, values: Tensor | None = None) -> Tensor:
+    values = rows if values is None else values
+    return (rows - rows.mean(0)).T @ (values - values.mean(0)) / len(rows)
+
+
+def _solve(moment: Tensor, target: Tensor, ridge: float, start: Tensor | None) -> Tensor:
+    usual = moment.diagonal().mean()
+    damping = ridge * usual * torch.eye(len(moment)).to(moment)
+    if start is not None:
+        unit = functional.normalize(start.to(moment), dim=1)
+        damping += _START * usual * unit.T @ unit
     return torch.linalg.solve(moment + damping, target)

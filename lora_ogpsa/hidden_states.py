@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from lora_ogpsa.capture import quiet
 from lora_ogpsa.discriminant import Inputs
 
 _BATCH = 8  # examples in a pass
+# A mean over answers, which begin much alike, needs fewer of them than the prompts' covariances.
+_ANSWERED = 3
 
 Tokens = tuple[list[int], list[int]]
 
@@ -27,66 +31,128 @@ def read_inputs(
     safety: Sequence[Tokens],
     kinds: Sequence[Sequence[Tokens]],
     *,
+    readiness: bool,
     progress: bool,
 ) -> dict[str, Inputs]:
     """What the modules `readers` read, by name, in forward passes of the base model.
 
     An example that is there several times passes once, and so do the tokens that all prompts begin
     with, a system prompt as a rule, where the model's cache allows it. A pass ends where the last
-    module reads.
+    module reads if what the model answers is not needed.
 
     Args:
         model: the base model.
         readers: full names of modules.
         safety: prompts to be refused, and of their answers the tokens to look at.
         kinds: prompts and answers of each kind of reference.
+        readiness: whether to find also how ready the model is to refuse, what is read at the tokens
+            that all prompts begin with, and to count those inside prompts as text once more.
         progress: show a progress bar.
 
     Returns:
         By name; modules that read the same tensor share one `Inputs`.
     """
     groups = [[(tuple(p), tuple(a)) for p, a in group] for group in (safety, *kinds)]
+    first = Counter(answer[0] for _, answer in groups[0] if answer and readiness)
+    if first:
+        kept = set(list(dict.fromkeys(groups[0]))[::_ANSWERED])
+        groups[0] = [e if e in kept else (e[0], ()) for e in groups[0]]
     refused = set(groups[0])
     references = {example for group in groups[1:] for example in group}
     distinct = dict.fromkeys(example for group in groups for example in group)
     examples = sorted(distinct, key=lambda example: sum(map(len, example)))
     batches = [examples[i : i + _BATCH] for i in range(0, len(examples), _BATCH)]
+    prompts = [prompt for prompt, _ in examples]
+    head, tail = _in_common(prompts), max(1, _in_common([prompt[::-1] for prompt in prompts]))
+    likely: list[Tensor] = []
+    beginning: dict[str, Tensor] = {}
     ends: dict[str, list[Tensor]] = {}
     answers: dict[str, Any] = {}
     answered = 0
     # Under gradient checkpointing a layer leaves the cache empty.
-    with quiet(model, checkpointing=False), _Reading(model, readers) as reading:
-        reading.begin([prompt for prompt, _ in examples])
+    with (
+        quiet(model, checkpointing=False),
+        _Reading(model, readers, to_the_end=bool(first)) as reading,
+    ):
+        reading.begin(prompts[0][:head])
         start = reading.start
+        tokens = sum(len(prompt) + len(answer) - 1 for prompt, answer in references)
+        inside = max(1, sum(max(0, len(prompt) - head - tail) for prompt in prompts))
         text: dict[str, Any] = {
             name: len(references) * rows.T @ rows for name, rows in reading.beginning.items()
         }
-        tokens = len(references) * start
         for batch in track(batches, "contrast adapter: looking at prompts", disable=not progress):
             inputs = chat.collate([(list(p), list(a)) for p, a in batch], pad_id=0)
             end = [len(prompt) - 1 - start for prompt, _ in batch]
-            is_text = inputs["attention_mask"][:, start:].bool()
-            is_answer = is_text.clone()
-            is_text[range(len(batch)), end] = False
-            is_text[[example not in references for example in batch]] = False
-            for row, example in enumerate(batch):
-                is_answer[row, : end[row] + 1 if example in refused else None] = False
-            tokens += int(is_text.sum())
+            is_text, is_answer = _parts(
+                inputs["attention_mask"][:, start:].bool(),
+                end,
+                [example in references for example in batch],
+                [example in refused for example in batch],
+            )
+            weight = is_text.float()
+            if readiness:
+                for row, at_end in enumerate(end):
+                    weight[row, head - start : max(0, at_end + 1 - tail)] += tokens / inside
             answered += int(is_answer.sum())
-            for name, read in reading.go_on(inputs).items():
-                ends.setdefault(name, []).append(read[range(len(batch)), end].float())
-                others = read[is_text.to(read.device)].float()
-                text[name] = text.get(name, 0) + others.T @ others
-                learnt = read[is_answer.to(read.device)].float()
+            if first:
+                likely.append(_readiness(reading.answer(inputs, end), first))
+            else:
+                reading.go_on(inputs)
+            for name, states in reading.read().items():
+                beginning.setdefault(name, reading.beginning.get(name, states[0, :head].float()))
+                ends.setdefault(name, []).append(states[range(len(batch)), end].float())
+                rows = states[(weight > 0).to(states.device)].float()
+                shares = weight[weight > 0].to(rows)
+                text[name] = text.get(name, 0) + (rows.T * shares) @ rows
+                learnt = states[is_answer.to(states.device)].float()
                 answers[name] = answers.get(name, 0) + learnt.sum(0)
     place = {example: row for row, example in enumerate(examples)}
+    at = [[place[example] for example in group] for group in groups]
+    ready = tuple(torch.cat(likely)[group] for group in at) if first else None
     made = {}
     for name, parts in ends.items():
         rows = torch.cat(parts)
-        of_safety, *of_kinds = (rows[[place[e] for e in group]] for group in groups)
-        mean = answers[name] / answered if answered else None
-        made[name] = Inputs(of_safety, tuple(of_kinds), text[name] / tokens, mean)
-    return {name: made[first] for name, first in reading.first.items()}
+        of_safety, *of_kinds = (rows[group] for group in at)
+        made[name] = Inputs(
+            of_safety,
+            tuple(of_kinds),
+            text[name] / tokens,
+            answers[name] / answered if answered else None,
+            ready,
+            beginning[name] if readiness else None,
+        )
+    return {name: made[same] for name, same in reading.first.items()}
+
+
+def _parts(
+    mask: Tensor, end: Sequence[int], is_reference: Sequence[bool], is_refused: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Which tokens are text not to respond to, and which are of answers to be learnt.
+
+    Args:
+        mask: which are no padding [B, T].
+        end: where the prompts end.
+        is_reference: which rows are references.
+        is_refused: which rows are safety examples.
+    """
+    after = torch.arange(mask.shape[1]) - torch.tensor(end)[:, None]
+    is_text = mask & (after != 0) & torch.tensor(is_reference)[:, None]
+    is_answer = mask & (after > 0) & torch.tensor(is_refused)[:, None]
+    return is_text, is_answer
+
+
+def _in_common(sequences: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all begin with; of each a token at least is left."""
+    most = min(map(len, sequences)) - 1
+    return next((at for at in range(most) if len({s[at] for s in sequences}) > 1), most)
+
+
+def _readiness(logits: Tensor, first: Mapping[int, int]) -> Tensor:
+    """Log-probability [B] of a first token that is drawn from those counted in `first`."""
+    log_probs = logits.float().log_softmax(-1)[:, list(first)]
+    shares = torch.tensor(list(first.values())).to(log_probs)
+    return (log_probs + (shares / shares.sum()).log()).logsumexp(-1)
 
 
 class _AllRead(Exception):
@@ -94,11 +160,12 @@ class _AllRead(Exception):
 
 
 class _Reading:
-    """Passes through a model's decoder whose modules' inputs are seen, within the context.
+    """Passes through a model whose modules' inputs are seen, within the context.
 
     Args:
         model: the base model.
         readers: full names of the modules.
+        to_the_end: whether passes go on where nothing is left to read.
 
     Attributes:
         first: of each module, the first that reads the same tensor.
@@ -106,12 +173,13 @@ class _Reading:
         beginning: by module, what it reads at those [start, d].
     """
 
-    def __init__(self, model: Any, readers: Sequence[str]) -> None:
+    def __init__(self, model: Any, readers: Sequence[str], *, to_the_end: bool) -> None:
         self.first: dict[str, str] = {}
         self.start = 0
         self.beginning: dict[str, Tensor] = {}
         self._model = model
-        self._decoder = model.get_decoder()
+        self._to_the_end = to_the_end
+        self._keeps_logits = "logits_to_keep" in signature(type(model).forward).parameters
         self._cache: Any = None
         self._now: dict[str, Tensor] = {}
         self._last = ""  # to read; known after a whole pass
@@ -129,45 +197,68 @@ class _Reading:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Pass what `prompts` begin with in common; of each a token at least is left."""
-        most = min(map(len, prompts)) - 1
-        start = next((at for at in range(most) if len({p[at] for p in prompts}) > 1), most)
+    def begin(self, start: tuple[int, ...]) -> None:
+        """Pass the tokens that all sequences begin with."""
         if not start:
             return
-        ids = torch.tensor([prompts[0][:start]], device=self._model.device)
-        cache = getattr(self._decoder(input_ids=ids, use_cache=True), "past_key_values", None)
-        if not _can_be_repeated(cache, start):
+        ids = torch.tensor([start], device=self._model.device)
+        cache = getattr(
+            self._model.get_decoder()(input_ids=ids, use_cache=True), "past_key_values", None
+        )
+        if not _can_be_repeated(cache, len(start)):
             return
-        self.start, self._cache = start, cache
-        self.beginning = {name: read[0].float() for name, read in self._read().items()}
+        self.start, self._cache = len(start), cache
+        self.beginning = {name: read[0].float() for name, read in self.read().items()}
 
-    def go_on(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is read [B, T, d] after `start` by a batch as `chat.collate` pads it."""
+    def go_on(self, inputs: Mapping[str, Tensor]) -> None:
+        """Pass what comes after `start` of a batch as `chat.collate` pads it, as far as is read."""
+        with suppress(_AllRead):
+            self._model.get_decoder()(**self._given(inputs))
+
+    def answer(self, inputs: Mapping[str, Tensor], ends: Sequence[int]) -> Tensor:
+        """As `go_on`, to the end of the model.
+
+        Args:
+            inputs: the batch.
+            ends: for each row a place after `start`.
+
+        Returns:
+            The logits [B, V] there.
+        """
+        given = self._given(inputs)
+        places = sorted(set(ends))
+        at = list(ends)
+        if self._keeps_logits:
+            given["logits_to_keep"] = torch.tensor(places, device=self._model.device)
+            at = [places.index(end) for end in ends]
+        return self._model(**given).logits[range(len(ends)), at]
+
+    def read(self) -> dict[str, Tensor]:
+        """What is read [B, T, d] in the last pass, by module."""
+        if not self.first:
+            if not self._to_the_end:
+                self._last = next(reversed(self._now))
+            seen: dict[int, str] = {}
+            self.first = {name: seen.setdefault(id(read), name) for name, read in self._now.items()}
+        return {name: self._now[name] for name in dict.fromkeys(self.first.values())}
+
+    def _given(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         given: dict[str, Any] = {
             "input_ids": inputs["input_ids"][:, self.start :].to(self._model.device),
             "attention_mask": inputs["attention_mask"].to(self._model.device),
+            "use_cache": self._cache is not None,
         }
         if self._cache is not None:
             # A pass writes into it.
             cache = copy.deepcopy(self._cache)
             cache.batch_repeat_interleave(len(inputs["input_ids"]))
             given["past_key_values"] = cache
-        with suppress(_AllRead):
-            self._decoder(**given, use_cache=self._cache is not None)
-        return self._read()
+        return given
 
     def _see(self, name: str, read: Tensor) -> None:
         self._now[name] = read
         if name == self._last:
             raise _AllRead
-
-    def _read(self) -> dict[str, Tensor]:
-        if not self.first:
-            self._last = next(reversed(self._now))
-            seen: dict[int, str] = {}
-            self.first = {name: seen.setdefault(id(read), name) for name, read in self._now.items()}
-        return {name: self._now[name] for name in dict.fromkeys(self.first.values())}
 
 
 def _can_be_repeated(cache: Any, tokens: int) -> bool:

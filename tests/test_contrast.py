@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +61,95 @@ def _drawn(seed: int, d: int = 12, shift: float = 1.0) -> Inputs:
         (rows(20) + common, rows(28) + common),
         text.T @ text / 200,
         rows(1)[0] + common / 2,
+        tuple(torch.randn(count, generator=generator) - 4 for count in (24, 20, 28)),
+        rows(3),
     )
+
+
+def _moment(inputs: Inputs, ridge: float, weight: float) -> np.ndarray:
+    """What keeps the discriminant from responding, in NumPy."""
+    kinds = [rows.double().numpy() for rows in inputs.references]
+    moment = weight * inputs.text.double().numpy()
+    moment += np.cov(inputs.safety.double().numpy().T, bias=True) / 2
+    moment += sum(np.cov(rows.T, bias=True) for rows in kinds) / 4
+    moment += 8 * np.cov(np.stack([rows.mean(0) for rows in kinds]).T, bias=True)
+    return _damped(moment, ridge, inputs)
+
+
+def _damped(moment: np.ndarray, ridge: float, inputs: Inputs) -> np.ndarray:
+    damping = ridge * np.eye(len(moment))
+    for token in [] if inputs.start is None else inputs.start.double().numpy():
+        damping += 30 * np.outer(token, token) / (token @ token)
+    return moment + np.trace(moment) / len(moment) * damping
+
+
+def _apart(inputs: Inputs) -> np.ndarray:
+    one, two = (rows.double().mean(0) for rows in inputs.references)
+    return (inputs.safety.double().mean(0) - (one + two) / 2).numpy()
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0))
 def test_the_discriminant_solves_fishers_equation(seed: int, ridge: float, weight: float) -> None:
-    inputs = _drawn(seed)
-    safety = inputs.safety.double().numpy()
-    kinds = [rows.double().numpy() for rows in inputs.references]
-    moment = weight * inputs.text.double().numpy() + np.cov(safety.T, bias=True) / 2
-    moment += sum(np.cov(rows.T, bias=True) for rows in kinds) / 4
-    moment += 8 * np.cov(np.stack([rows.mean(0) for rows in kinds]).T, bias=True)
-    moment += ridge * np.trace(moment) / len(moment) * np.eye(len(moment))
-    apart = safety.mean(0) - (kinds[0].mean(0) + kinds[1].mean(0)) / 2
-    expected = np.linalg.inv(moment) @ apart
+    inputs = replace(_drawn(seed), ready=None, start=None)
+    expected = np.linalg.inv(_moment(inputs, ridge, weight)) @ _apart(inputs)
     found = discriminant(inputs, ridge, weight)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0))
+def test_what_the_base_model_lacks_varies_least(seed: int, ridge: float, weight: float) -> None:
+    inputs = _drawn(seed)
+    found = discriminant(inputs, ridge, weight)
+    apart = torch.from_numpy(_apart(inputs))
+    assert apart @ found == pytest.approx(1.0)
+    assert inputs.ready is not None
+    of_safety, *of_kinds = (values.double() for values in inputs.ready)
+    lacking = -of_safety.mean()
+    moment = torch.from_numpy(_moment(inputs, ridge, weight))
+    penalty = moment - sum(
+        share * torch.cov(rows.double().T, correction=0)
+        for share, rows in zip((0.5, 0.25, 0.25), (inputs.safety, *inputs.references), strict=True)
+    )
+
+    def varies(direction: Tensor) -> Tensor:
+        """Variance within kinds of readiness and response together, and the penalties."""
+        total = lacking.square() * (direction @ penalty @ direction)
+        for share, rows, ready in zip(
+            (0.5, 0.25, 0.25),
+            (inputs.safety, *inputs.references),
+            (of_safety, *of_kinds),
+            strict=True,
+        ):
+            both = ready + lacking * (rows.double() @ direction)
+            total = total + share * both.var(correction=0)
+        return total
+
+    (gradient,) = torch.autograd.grad(varies(found.requires_grad_()), found)
+    # At the minimum the gradient is along the constraint's.
+    along = (gradient @ apart) / (apart @ apart) * apart
+    assert (gradient - along).norm() < 1e-7 * (lacking.square() * (moment @ found)).norm().item()
+
+
+def test_what_is_ready_already_needs_no_response() -> None:
+    inputs = _drawn(2)
+    assert inputs.ready is not None
+    along = torch.randn(12)
+    knows = tuple(rows @ along for rows in (inputs.safety, *inputs.references))
+    level = knows[0].mean() + 4
+    ready = replace(inputs, ready=tuple(values - level for values in knows))
+    spread = {}
+    for name, case in {"fisher": replace(inputs, ready=None), "corrected": ready}.items():
+        response = case.safety.double() @ discriminant(case, 1e-3, 0.1)
+        spread[name] = np.corrcoef(response, knows[0])[0, 1]
+    assert spread["corrected"] < spread["fisher"]
+    # Where the base model refuses all alike there is nothing to correct but the length.
+    same = replace(inputs, ready=tuple(torch.full_like(values, -3.0) for values in inputs.ready))
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(discriminant(same, 0.3, 3.0), dim=0),
+        torch.nn.functional.normalize(discriminant(replace(inputs, ready=None), 0.3, 3.0), dim=0),
+    )
 
 
 @settings(max_examples=10, deadline=None)
@@ -88,6 +162,8 @@ def test_directions_turn_with_the_inputs(seed: int) -> None:
         tuple(rows.double() @ turn for rows in inputs.references),
         turn.T @ inputs.text.double() @ turn,
         inputs.answers.double() @ turn,
+        inputs.ready,
+        inputs.start.double() @ turn,
     )
     rows = contrast_rows(inputs, 1.0, 0.3, 3.0, 0.25) @ turn
     found = contrast_rows(turned, 1.0, 0.3, 3.0, 0.25)
@@ -140,7 +216,7 @@ def test_the_direction_of_refusals_solves_its_equation(
     moment = weight * inputs.text.double().numpy()
     for rows in (kind.double().numpy() for kind in inputs.references):
         moment += rows.T @ rows / (2 * len(rows))
-    moment += ridge * np.trace(moment) / len(moment) * np.eye(len(moment))
+    moment = _damped(moment, ridge, inputs)
     answers = inputs.answers.double().numpy()
     expected = np.linalg.inv(moment) @ answers
     found = refusal(inputs, ridge, weight).numpy()
@@ -228,8 +304,14 @@ def test_only_b_is_trained_and_the_base_is_kept(made: Any) -> None:
         torch.testing.assert_close(model(ids).logits, base(ids).logits)
 
 
-def test_a_is_what_hidden_states_give(made: Any, tiny_tokenizer: Any) -> None:
-    model, base, objectives = made
+@pytest.mark.parametrize("readiness", [False, True])
+def test_a_is_what_hidden_states_give(
+    made: Any, tiny_model: Any, tiny_tokenizer: Any, readiness: bool
+) -> None:
+    _, base, objectives = made
+    config = replace(_CONFIG, readiness=readiness)
+    answered = _answered(tiny_tokenizer)
+    model = get_contrast_model(tiny_model(num_hidden_layers=4), answered, objectives, config)
     norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 
     def read(sequence: list[int], layer: int, part: str) -> Tensor:
@@ -242,30 +324,55 @@ def test_a_is_what_hidden_states_give(made: Any, tiny_tokenizer: Any) -> None:
         handle.remove()
         return found["out"]
 
+    asked = _prompts(tiny_tokenizer, HARMFUL)
+    kinds_of = [objectives[0].sequences, objectives[2].sequences]
+    prompts = [*asked, *(p for examples in kinds_of for p, _ in examples)]
+    # The words of a prompt are between what the template begins and ends all of them with.
+    head, tail = _prompts(tiny_tokenizer, ["a"])[0], _prompts(tiny_tokenizer, ["b"])[0]
+    before = next(at for at, (one, two) in enumerate(zip(head, tail, strict=True)) if one != two)
+    after = len(head) - before - 1
+
+    def ready(prompt: list[int]) -> Tensor:
+        """All safety answers begin with the same token."""
+        with torch.no_grad():
+            scores = base(torch.tensor([prompt])).logits[0, -1]
+        return scores.log_softmax(-1)[answered[0][1][0]]
+
     def inputs(layer: int, part: str) -> Inputs:
-        safety = [read(p, layer, part)[-1] for p in _prompts(tiny_tokenizer, HARMFUL)]
+        safety = [read(p, layer, part)[-1] for p in asked]
         kinds, text = [], []
-        for objective in (objectives[0], objectives[2]):
-            whole = [(read(p + a, layer, part), len(p) - 1) for p, a in objective.sequences]
+        for examples in kinds_of:
+            whole = [(read(p + a, layer, part), len(p) - 1) for p, a in examples]
             kinds.append(torch.stack([states[end] for states, end in whole]))
             text += [torch.cat([states[:end], states[end + 1 :]]) for states, end in whole]
         every = torch.cat(text)
-        most = _CONFIG.answer_tokens
-        answers = [read(p + a[:most], layer, part)[len(p) :] for p, a in _answered(tiny_tokenizer)]
-        return Inputs(
+        most = config.answer_tokens
+        some = answered[::3] if readiness else answered
+        answers = [read(p + a[:most], layer, part)[len(p) :] for p, a in some]
+        found = Inputs(
             torch.stack(safety),
             tuple(kinds),
             every.T @ every / len(every),
             torch.cat(answers).mean(0),
         )
+        if not readiness:
+            return found
+        words = torch.cat([read(p, layer, part)[before : len(p) - after] for p in prompts])
+        groups = [asked, *([p for p, _ in examples] for examples in kinds_of)]
+        return replace(
+            found,
+            text=found.text + words.T @ words / len(words),
+            ready=tuple(torch.stack([ready(p) for p in group]) for group in groups),
+            start=read(asked[0], layer, part)[:before],
+        )
 
     scores, rows = {}, {}
     for layer in range(4):
         parts = {part: inputs(layer, part) for part in norms}
-        scores[layer] = separation(parts["mlp"], _CONFIG.ridge, _CONFIG.text_weight)
+        scores[layer] = separation(parts["mlp"], config.ridge, config.text_weight)
         for part, of_part in parts.items():
             rows[layer, part] = contrast_rows(
-                of_part, _CONFIG.gain, _CONFIG.ridge, _CONFIG.text_weight, _CONFIG.threshold
+                of_part, config.gain, config.ridge, config.text_weight, config.threshold
             )
     means = [(scores[layer] + scores[layer + 1]) / 2 for layer in range(3)]
     first = next(layer for layer, mean in enumerate(means) if mean >= 0.95 * max(means))
@@ -322,30 +429,37 @@ def test_looking_leaves_no_trace(tiny_model: Any, tiny_tokenizer: Any) -> None:
     assert torch.equal(torch.get_rng_state(), after)
 
 
+@pytest.mark.parametrize(("readiness", "answers"), [(False, True), (True, False), (True, True)])
 def test_a_common_beginning_passes_once(
-    tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Any,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    readiness: bool,
+    answers: bool,
 ) -> None:
     model = tiny_model()
     references = examples_by_kind(_objectives(model, tiny_tokenizer), 80)
     system = _prompts(tiny_tokenizer, ["Be brief. " * 5])[0]
-    safety = [(system + prompt, []) for prompt in _prompts(tiny_tokenizer, [*HARMFUL, HARMFUL[0]])]
+    answered = _answered(tiny_tokenizer)
+    safety = [(system + p, a if answers else []) for p, a in (*answered, answered[0])]
     kinds = [[(system + p, a) for p, a in examples] for examples in references.values()]
     readers = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
-    passed = []
+    passed, ended = [], []
     model.model.layers[0].register_forward_hook(lambda m, a, out: passed.append(a[0].shape[:2]))
-
-    ended = []
     model.model.layers[1].mlp.register_forward_hook(lambda m, a, out: ended.append(out))
 
     def read() -> dict[str, Inputs]:
         passed.clear()
         ended.clear()
-        return hidden_states.read_inputs(model, readers, safety, kinds, progress=False)
+        return hidden_states.read_inputs(
+            model, readers, safety, kinds, readiness=readiness, progress=False
+        )
 
     model.gradient_checkpointing_enable()
     model.train()
     shared = read()
-    assert len(ended) == 1  # a whole pass finds out which module reads last
+    # A whole pass finds out which module reads last; only answers need more of them.
+    assert len(ended) == (len(passed) if readiness and answers else 1)
     assert passed[0][1] >= len(system)
     assert all(length < len(system) for _, length in passed[1:])
     # The prompt that is there twice passes once.
@@ -353,12 +467,22 @@ def test_a_common_beginning_passes_once(
     monkeypatch.setattr(hidden_states, "_can_be_repeated", lambda cache, tokens: False)
     whole = read()
     assert len(passed) < len(safety) and passed[0][1] > len(system)
-    for name, inputs in whole.items():
+
+    def assert_same(one: dict[str, Inputs], two: dict[str, Inputs]) -> None:
+        for name in one:
+            for field, value in vars(two[name]).items():
+                torch.testing.assert_close(
+                    getattr(one[name], field), value, rtol=1e-4, atol=1e-5, msg=field
+                )
+
+    for inputs in whole.values():
         assert torch.equal(inputs.safety[0], inputs.safety[-1])
-        torch.testing.assert_close(shared[name].safety, inputs.safety, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(shared[name].text, inputs.text, rtol=1e-4, atol=1e-5)
-        for one, two in zip(shared[name].references, inputs.references, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        assert (inputs.ready is None) != (readiness and answers)
+        assert (inputs.start is None) != readiness
+    assert_same(shared, whole)
+    # A model that cannot be asked for some of its logits alone.
+    monkeypatch.setattr(hidden_states, "signature", lambda forward: inspect.signature(list.append))
+    assert_same(read(), whole)
 
 
 def test_references_with_the_same_prompts_count_once(made: Any) -> None:
@@ -395,10 +519,13 @@ def test_training_moves_b_alone_and_can_be_taken_up_again(
         torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
 
 
-def test_a_4_bit_base_will_do(tiny_4bit: Any, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize("readiness", [False, True])
+def test_a_4_bit_base_will_do(tiny_4bit: Any, tiny_tokenizer: Any, readiness: bool) -> None:
     model = tiny_4bit(peft=False)
     objectives = _objectives(model, tiny_tokenizer)
-    wrapped = get_contrast_model(model, _prompts(tiny_tokenizer, HARMFUL), objectives)
+    # The embeddings of what the prompts end with are the same, and what the first layer reads too.
+    config = ContrastConfig(readiness=readiness, target_modules=("gate_proj", "up_proj"))
+    wrapped = get_contrast_model(model, _answered(tiny_tokenizer), objectives, config)
     a = [p for n, p in wrapped.named_parameters() if ".lora_A." in n]
     assert a
     assert all(p.isfinite().all() and p.abs().max() > 0 for p in a)

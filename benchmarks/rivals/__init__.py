@@ -61,7 +61,9 @@ class Method:
         if issubclass(KINDS[self.kind], OgpsaRival):
             settings["settings"] = OGPSAConfig.from_dict(settings.get("settings", {})).to_dict()
         if self.kind == "contrast":
-            settings["contrast"] = ContrastConfig(**settings.get("contrast", {})).to_dict()
+            contrast = ContrastConfig(**settings.get("contrast", {})).to_dict()
+            # What is off has no part in it, so that cells from before it existed keep their names.
+            settings["contrast"] = {k: v for k, v in contrast.items() if v is not False}
         return {"kind": self.kind, **settings}
 
 
