@@ -18,7 +18,7 @@ from lora_ogpsa.capture import quiet
 from lora_ogpsa.discriminant import Inputs
 
 _BATCH = 8  # examples in a pass
-# A mean over answers, which begin much alike, needs fewer of them than the prompts' covariances.
+# Of the safety answers each third: a mean of what begins much alike needs fewer than covariances.
 _ANSWERED = 3
 
 Tokens = tuple[list[int], list[int]]
@@ -94,17 +94,18 @@ def read_inputs(
             if readiness:
                 for row, at_end in enumerate(end):
                     weight[row, head - start : max(0, at_end + 1 - tail)] += tokens / inside
+            seen = weight > 0
             answered += int(is_answer.sum())
             if first:
                 likely.append(_readiness(reading.answer(inputs, end), first))
             else:
                 reading.go_on(inputs)
             for name, states in reading.read().items():
-                beginning.setdefault(name, reading.beginning.get(name, states[0, :head].float()))
+                if readiness and name not in beginning:
+                    beginning[name] = reading.beginning.get(name, states[0, :head].float())
                 ends.setdefault(name, []).append(states[range(len(batch)), end].float())
-                rows = states[(weight > 0).to(states.device)].float()
-                shares = weight[weight > 0].to(rows)
-                text[name] = text.get(name, 0) + (rows.T * shares) @ rows
+                rows = states[seen.to(states.device)].float()
+                text[name] = text.get(name, 0) + (rows.T * weight[seen].to(rows)) @ rows
                 learnt = states[is_answer.to(states.device)].float()
                 answers[name] = answers.get(name, 0) + learnt.sum(0)
     place = {example: row for row, example in enumerate(examples)}
@@ -120,7 +121,7 @@ def read_inputs(
             text[name] / tokens,
             answers[name] / answered if answered else None,
             ready,
-            beginning[name] if readiness else None,
+            beginning.get(name),
         )
     return {name: made[same] for name, same in reading.first.items()}
 
