@@ -60,7 +60,8 @@ def summarise(cells: Sequence[Cell], margin: float = MARGIN) -> dict[str, Any]:
     row ``early_stop``, scaling its adapter down ``scaled_adapter``. Where plain training did not
     make the model safer, there is no safety to match and no seed counts.
     ``compute_overhead`` and ``run_overhead`` are the tokens that pass through the model and the
-    seconds of a whole run, setting up included, beyond those of plain training of the same seeds.
+    seconds of a whole run, setting up included, beyond those of plain training of the same seeds;
+    of seconds only seeds count of which both ran in the same environment, and none may be left.
     ``own_overhead`` is what a method adds to the seconds of its own training, which an adapter that
     begins in a middle layer makes shorter than plain training's.
 
@@ -170,10 +171,14 @@ def _compared(
             mean_values([metrics for metrics, _ in matched]),
         )
     compared: dict[str, Any] = {}
-    for name, spent in (("compute_overhead", "token_passes"), ("run_overhead", "train_seconds")):
-        counts = [(c.get(spent), plain[c["seed"]].get(spent)) for c in own]
-        if all(count and of_plain for count, of_plain in counts):
-            shares = [count / of_plain for count, of_plain in counts]
+    beside = [(cell, plain[cell["seed"]]) for cell in own]
+    clocked = [(c, p) for c, p in beside if c.get("environment") == p.get("environment")]
+    for name, spent, pairs in (
+        ("compute_overhead", "token_passes", beside),
+        ("run_overhead", "train_seconds", clocked),
+    ):
+        if pairs and all(cell.get(spent) and of_plain.get(spent) for cell, of_plain in pairs):
+            shares = [cell[spent] / of_plain[spent] for cell, of_plain in pairs]
             compared[name] = sum(shares) / len(shares) - 1
     return {
         **compared,

@@ -736,6 +736,27 @@ def test_tax_removed_at_matched_safety_by_hand() -> None:
     assert table(summary).count("\n") == 1 + len(summary)
 
 
+def test_seconds_are_compared_in_one_environment_alone() -> None:
+    end = (60, 1.0, 0.5, 1.1)
+    other = {"environment": {"device": "another"}}
+    cells = [cell("base", 0, (0, 0.0, 0.0, 1.0))]
+    for method, seconds, elsewhere in (
+        ("plain", 100.0, []),
+        ("half", 150.0, [0]),
+        ("all", 9.0, [0, 1]),
+    ):
+        for seed in (0, 1):
+            facts = {"train_seconds": seconds + 10 * seed, "token_passes": seconds}
+            facts |= other if seed in elsewhere else {}
+            cells.append(cell(method, seed, end, **facts))
+    summary = summarise(cells)
+    assert summary["half"]["run_overhead"] == pytest.approx(160 / 110 - 1)
+    assert summary["half"]["compute_overhead"] == pytest.approx(0.5)
+    assert "run_overhead" not in summary["all"]
+    assert summary["all"]["compute_overhead"] == pytest.approx(-0.91)
+    assert table(summary).count("\n") == 1 + len(summary)
+
+
 def test_where_strengths_are_measured_safety_is_matched_along_them() -> None:
     def at(strength: float, harmful: float, refused: float, nll: float) -> dict[str, Any]:
         values = {"harmful": harmful, "over_refusal": refused, "gsm8k_nll": nll}
