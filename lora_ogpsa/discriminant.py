@@ -12,6 +12,8 @@ from torch.nn import functional
 _FOLDS = 4
 # How much it counts that the kinds of references, of different form, are responded to alike.
 _ALIKE = 8.0
+# Share of what is read at the ends of prompts that may differ by rounding alone.
+_ROUNDING = 1e-6
 # How much it counts not to respond to a token that all prompts begin with, in usual directions. The
 # response is small, but the same in every row of a batch, and Adam makes its steps as long.
 _START = 30.0
@@ -87,8 +89,11 @@ def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
         text_weight: :math:`\alpha`.
 
     Returns:
-        [d], float64, of arbitrary length.
+        [d], float64, of arbitrary length; zeros where all prompts end alike, as in what the first
+        attention reads.
     """
+    if _end_alike(inputs):
+        return torch.zeros_like(inputs.safety[0], dtype=torch.float64)
     safety = inputs.safety.double()
     kinds = [rows.double() for rows in inputs.references]
     moment = text_weight * inputs.text.double() + _within(safety, kinds)
@@ -103,10 +108,7 @@ def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     fisher, unready = _solve(
         moment, torch.cat([apart[:, None], varies], 1), ridge, inputs.start
     ).unbind(1)
-    response = apart @ fisher
-    if response == 0:  # all prompts end alike here, as in the embeddings
-        return fisher
-    return (1 + apart @ unready) / response * fisher - unready
+    return (1 + apart @ unready) / (apart @ fisher) * fisher - unready
 
 
 def answer_start(inputs: Inputs, ridge: float) -> Tensor:
@@ -200,12 +202,18 @@ def contrast_rows(
     # The entries of a row that PEFT draws have variance 1 / 3d.
     usual = (safety.square().sum(1).mean() / (3 * safety.shape[1])).sqrt()
     response = (safety @ contrast).square().mean().sqrt()
-    if response > 0:  # else all prompts end alike here, as in the embeddings
+    if response > 0:  # else all prompts end alike here
         contrast *= gain * usual / response
     rows = [contrast]
     if inputs.answers is not None:
         rows.append(gain * usual * refusal(inputs, ridge, text_weight))
     return torch.stack(rows)
+
+
+def _end_alike(inputs: Inputs) -> bool:
+    """Whether prompts end in the same up to rounding, of which no direction is to be made."""
+    ends = torch.cat([inputs.safety, *inputs.references]).double()
+    return bool((ends - ends.mean(0)).norm() <= _ROUNDING * ends.norm())
 
 
 def _within(

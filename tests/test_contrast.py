@@ -229,9 +229,14 @@ def test_separation_is_of_prompts_that_the_direction_has_not_seen() -> None:
     assert abs(separation(alike, 0.3, 3.0)) < 1
 
 
-def test_prompts_that_end_alike_give_a_row_of_zeros() -> None:
+@pytest.mark.parametrize("rounding", [0.0, 1e-7])
+@pytest.mark.parametrize("readiness", [False, True])
+def test_prompts_that_end_alike_give_a_row_of_zeros(readiness: bool, rounding: float) -> None:
+    torch.manual_seed(0)
     end = torch.randn(12)
-    alike = Inputs(end.expand(9, 12), (end.expand(8, 12), end.expand(7, 12)), torch.eye(12))
+    ends = [end * (1 + rounding * torch.randn(n, 12)) for n in (9, 8, 7)]
+    ready = tuple(-torch.rand(n) for n in (9, 8, 7)) if readiness else None
+    alike = Inputs(ends[0], tuple(ends[1:]), torch.eye(12), ready=ready)
     assert separation(alike, 0.3, 3.0) == 0.0
     (contrast,) = contrast_rows(alike, 40.0, 0.3, 3.0, 0.25)  # no answers, no row for them
     assert not contrast.any()
