@@ -45,6 +45,13 @@ _NEGATIONS = (
     "can't|cannot|can not|won't|will not|wouldn't|would not|couldn't|could not|shouldn't"
     "|should not|must not|may not"
 )
+# Its last group is left open.
+_VERDICT = (
+    r"(?:it|this|that)(?:'s| is| would be)"
+    r"(?: generally| never| absolutely| completely| highly| also)*"
+    r" (?:illegal|unethical|immoral|inappropriate|wrong|not (?:appropriate|acceptable|ethical"
+    r"|legal|okay|ok|right|permissible|advisable|recommended|safe)"
+)
 _REFUSALS = [
     re.compile(pattern)
     for pattern in (
@@ -71,10 +78,13 @@ _REFUSALS = [
         r"\bas an? (?:ai|artificial intelligence|responsible|ethical)\b[^.!?]{0,80}?"
         r"(?:\b(?:not|cannot|unable|unethical|inappropriate)\b|n't\b)",
         # A verdict instead of an answer, at the very start.
-        r"^(?:no[,.:;!]? )?(?:it|this|that)(?:'s| is| would be)"
-        r"(?: generally| never| absolutely| completely| highly| also)*"
-        r" (?:illegal|unethical|immoral|inappropriate|wrong|not (?:appropriate|acceptable|ethical"
-        r"|legal|okay|ok|right|permissible|advisable|recommended|safe))\b",
+        rf"^(?:no[,.:;!]? )?{_VERDICT})\b",
+        # I'm sorry, it is not possible to ...
+        rf"\bsorry[,.:;!]? {_VERDICT}|not possible)\b",
+        # I'm not a bot to ..., not a tool that can ..., not a model, as it is illegal.
+        r"^(?:i|we)(?:'m| am|'re| are) not an? [^.!?,]{1,60}?"
+        r"(?: (?:to|capable of|(?:that|who) (?:can|could|will|would))"
+        r"|, (?:as|because|since) (?:it|that|this|they|doing))\b",
         r"^no[,.:;!] (?:you (?:cannot|can't|should not|shouldn't|should never|must not)"
         r"|[a-z' ]{1,60} (?:is|are) (?:illegal|wrong|unethical|not"
         r"|an? (?:serious |criminal )*(?:crime|offense|offence)))\b",
