@@ -39,7 +39,10 @@ _READERS = (
     *("gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "fc1", "c_fc"),
 )
 _LAYER = re.compile(r"\.(\d+)\.")
-_NEARLY = 0.95  # of the best score
+# Without and with readiness: how much it counts that the kinds of references, of different form,
+# are responded to alike, and which share of the best score is good enough.
+_ALIKE = {False: 8.0, True: 2.0}
+_NEARLY = {False: 0.95, True: 0.98}
 # Of the layers, from the first: what the others add has few left to act through.
 _ACTING = 0.8
 
@@ -126,10 +129,15 @@ def get_contrast_model(
     )
     # By what the last of them reads, which in a transformer is the MLP's input.
     scores = {
-        layer: separation(found[layers[layer][-1]], config.ridge, config.text_weight)
+        layer: separation(
+            found[layers[layer][-1]],
+            config.ridge,
+            config.text_weight,
+            _ALIKE[config.readiness],
+        )
         for layer in looked_at
     }
-    chosen = _first_good_run(scores, count)
+    chosen = _first_good_run(scores, count, _NEARLY[config.readiness])
     logger.info(
         "contrast adapter on layers %d to %d, which tell prompts apart (d' %.2f to %.2f)",
         chosen[0],
@@ -219,7 +227,7 @@ def _count(layers: Mapping[int, Any], config: ContrastConfig) -> int:
     return config.layers or max(1, round(0.3 * len(layers)))
 
 
-def _first_good_run(scores: Mapping[int, float], length: int) -> list[int]:
+def _first_good_run(scores: Mapping[int, float], length: int, share: float) -> list[int]:
     """The first layers in a row that tell prompts apart nearly as well as any in a row do.
 
     From the middle on the layers hardly differ in it. The earlier ones respond less to the form of
@@ -228,7 +236,7 @@ def _first_good_run(scores: Mapping[int, float], length: int) -> list[int]:
     layers = list(scores)
     runs = [layers[i : i + length] for i in range(max(1, len(layers) - length + 1))]
     means = [sum(scores[layer] for layer in run) / len(run) for run in runs]
-    least = max(means) - (1 - _NEARLY) * abs(max(means))
+    least = max(means) - (1 - share) * abs(max(means))
     return next(run for run, mean in zip(runs, means, strict=True) if mean >= least)
 
 
@@ -271,7 +279,12 @@ def _set_rows(model: Any, inputs: Mapping[str, Inputs], config: ContrastConfig) 
     for name, read in inputs.items():
         if id(read) not in rows:
             rows[id(read)] = contrast_rows(
-                read, config.gain, config.ridge, config.text_weight, config.threshold
+                read,
+                config.gain,
+                config.ridge,
+                config.text_weight,
+                _ALIKE[config.readiness],
+                config.threshold,
             )
         weight = model.get_base_model().get_submodule(name).lora_A["default"].weight
         weight.copy_(rows[id(read)].to(weight))

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 _FOLDS = 4
-# How much it counts that the kinds of references, of different form, are responded to alike.
-_ALIKE = 8.0
 # Share of what is read at the ends of prompts that may differ by rounding alone.
 _ROUNDING = 1e-6
 # How much it counts not to respond to a token that all prompts begin with, in usual directions. The
@@ -57,12 +55,12 @@ class Inputs:
         return parts[0], parts[1]
 
 
-def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
+def discriminant(inputs: Inputs, ridge: float, text_weight: float, alike: float) -> Tensor:
     r"""Fisher's linear discriminant of safety prompts and references, blind to other tokens.
 
     .. math::
-        w = \left(\tfrac12 \Sigma_s + \tfrac12 \overline{\Sigma_r} + 8 \Sigma_k + \alpha M_t
-            + \lambda \bar\sigma I\right)^{-1} (\mu_s - \overline{\mu_r})
+        w = \left(\tfrac12 \Sigma_s + \tfrac12 \overline{\Sigma_r} + \kappa \Sigma_k
+            + \alpha M_t + \lambda \bar\sigma I\right)^{-1} (\mu_s - \overline{\mu_r})
 
     with means :math:`\mu` and covariances :math:`\Sigma`, bars for the mean over the kinds of
     references, the covariance :math:`\Sigma_k` of their means, the second moment :math:`M_t` of
@@ -87,6 +85,7 @@ def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
         inputs: of the layer.
         ridge: :math:`\lambda`.
         text_weight: :math:`\alpha`.
+        alike: :math:`\kappa`.
 
     Returns:
         [d], float64, of arbitrary length; zeros where all prompts end alike, as in what the first
@@ -98,7 +97,7 @@ def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     kinds = [rows.double() for rows in inputs.references]
     moment = text_weight * inputs.text.double() + _within(safety, kinds)
     means = torch.stack([rows.mean(0) for rows in kinds])
-    moment += _ALIKE * _covariance(means)
+    moment += alike * _covariance(means)
     apart = safety.mean(0) - means.mean(0)
     if inputs.ready is None:
         return _solve(moment, apart, ridge, inputs.start)
@@ -152,7 +151,7 @@ def refusal(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     return found / (answers @ found)
 
 
-def separation(inputs: Inputs, ridge: float, text_weight: float) -> float:
+def separation(inputs: Inputs, ridge: float, text_weight: float, alike: float) -> float:
     """How well the discriminant tells prompts apart that it was not taken from (d').
 
     Each fold of the prompts is put in order by the discriminant of the others.
@@ -164,7 +163,7 @@ def separation(inputs: Inputs, ridge: float, text_weight: float) -> float:
     safety, harmless = [], []
     for fold in range(_FOLDS):
         own, others = inputs.split(fold)
-        direction = discriminant(others, ridge, text_weight)
+        direction = discriminant(others, ridge, text_weight, alike)
         seen = torch.cat(others.references).double() @ direction
         if seen.std() == 0:
             return 0.0
@@ -175,7 +174,12 @@ def separation(inputs: Inputs, ridge: float, text_weight: float) -> float:
 
 
 def contrast_rows(
-    inputs: Inputs, gain: float, ridge: float, text_weight: float, threshold: float
+    inputs: Inputs,
+    gain: float,
+    ridge: float,
+    text_weight: float,
+    alike: float,
+    threshold: float,
 ) -> Tensor:
     """The rows of A: what tells safety prompts from references, and refusals.
 
@@ -188,12 +192,13 @@ def contrast_rows(
         gain: see above.
         ridge: of the discriminant.
         text_weight: of the discriminant.
+        alike: of the discriminant.
         threshold: where the first is zero, from 0, the references' mean, to 1, the safety prompts'.
 
     Returns:
         A [1 or 2, d], float64.
     """
-    contrast = discriminant(inputs, ridge, text_weight)
+    contrast = discriminant(inputs, ridge, text_weight, alike)
     safety = inputs.safety.double()
     harmless = torch.stack([rows.double().mean(0) for rows in inputs.references]).mean(0)
     zero = torch.lerp(harmless, safety.mean(0), threshold)

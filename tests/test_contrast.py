@@ -66,13 +66,13 @@ def _drawn(seed: int, d: int = 12, shift: float = 1.0) -> Inputs:
     )
 
 
-def _moment(inputs: Inputs, ridge: float, weight: float) -> np.ndarray:
+def _moment(inputs: Inputs, ridge: float, weight: float, alike: float) -> np.ndarray:
     """What keeps the discriminant from responding, in NumPy."""
     kinds = [rows.double().numpy() for rows in inputs.references]
     moment = weight * inputs.text.double().numpy()
     moment += np.cov(inputs.safety.double().numpy().T, bias=True) / 2
     moment += sum(np.cov(rows.T, bias=True) for rows in kinds) / 4
-    moment += 8 * np.cov(np.stack([rows.mean(0) for rows in kinds]).T, bias=True)
+    moment += alike * np.cov(np.stack([rows.mean(0) for rows in kinds]).T, bias=True)
     return _damped(moment, ridge, inputs)
 
 
@@ -89,25 +89,29 @@ def _apart(inputs: Inputs) -> np.ndarray:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0))
-def test_the_discriminant_solves_fishers_equation(seed: int, ridge: float, weight: float) -> None:
+@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0), st.floats(0.0, 10.0))
+def test_the_discriminant_solves_fishers_equation(
+    seed: int, ridge: float, weight: float, alike: float
+) -> None:
     inputs = replace(_drawn(seed), ready=None, start=None)
-    expected = np.linalg.inv(_moment(inputs, ridge, weight)) @ _apart(inputs)
-    found = discriminant(inputs, ridge, weight)
+    expected = np.linalg.inv(_moment(inputs, ridge, weight, alike)) @ _apart(inputs)
+    found = discriminant(inputs, ridge, weight, alike)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0))
-def test_what_the_base_model_lacks_varies_least(seed: int, ridge: float, weight: float) -> None:
+@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0), st.floats(0.0, 10.0))
+def test_what_the_base_model_lacks_varies_least(
+    seed: int, ridge: float, weight: float, alike: float
+) -> None:
     inputs = _drawn(seed)
-    found = discriminant(inputs, ridge, weight)
+    found = discriminant(inputs, ridge, weight, alike)
     apart = torch.from_numpy(_apart(inputs))
     assert apart @ found == pytest.approx(1.0)
     assert inputs.ready is not None
     of_safety, *of_kinds = (values.double() for values in inputs.ready)
     lacking = -of_safety.mean()
-    moment = torch.from_numpy(_moment(inputs, ridge, weight))
+    moment = torch.from_numpy(_moment(inputs, ridge, weight, alike))
     penalty = moment - sum(
         share * torch.cov(rows.double().T, correction=0)
         for share, rows in zip((0.5, 0.25, 0.25), (inputs.safety, *inputs.references), strict=True)
@@ -141,14 +145,16 @@ def test_what_is_ready_already_needs_no_response() -> None:
     ready = replace(inputs, ready=tuple(values - level for values in knows))
     spread = {}
     for name, case in {"fisher": replace(inputs, ready=None), "corrected": ready}.items():
-        response = case.safety.double() @ discriminant(case, 1e-3, 0.1)
+        response = case.safety.double() @ discriminant(case, 1e-3, 0.1, 8.0)
         spread[name] = np.corrcoef(response, knows[0])[0, 1]
     assert spread["corrected"] < spread["fisher"]
     # Where the base model refuses all alike there is nothing to correct but the length.
     same = replace(inputs, ready=tuple(torch.full_like(values, -3.0) for values in inputs.ready))
     torch.testing.assert_close(
-        torch.nn.functional.normalize(discriminant(same, 0.3, 3.0), dim=0),
-        torch.nn.functional.normalize(discriminant(replace(inputs, ready=None), 0.3, 3.0), dim=0),
+        torch.nn.functional.normalize(discriminant(same, 0.3, 3.0, 8.0), dim=0),
+        torch.nn.functional.normalize(
+            discriminant(replace(inputs, ready=None), 0.3, 3.0, 8.0), dim=0
+        ),
     )
 
 
@@ -165,8 +171,8 @@ def test_directions_turn_with_the_inputs(seed: int) -> None:
         inputs.ready,
         inputs.start.double() @ turn,
     )
-    rows = contrast_rows(inputs, 1.0, 0.3, 3.0, 0.25) @ turn
-    found = contrast_rows(turned, 1.0, 0.3, 3.0, 0.25)
+    rows = contrast_rows(inputs, 1.0, 0.3, 3.0, 8.0, 0.25) @ turn
+    found = contrast_rows(turned, 1.0, 0.3, 3.0, 8.0, 0.25)
     torch.testing.assert_close(found, rows, rtol=1e-4, atol=1e-5)  # single precision goes in
 
 
@@ -174,7 +180,7 @@ def test_more_weight_on_text_responds_less_to_it() -> None:
     inputs = _drawn(0)
 
     def response(weight: float) -> float:
-        found = discriminant(inputs, 1e-6, weight).float()
+        found = discriminant(inputs, 1e-6, weight, 8.0).float()
         gap = (inputs.safety @ found).mean() - (torch.cat(inputs.references) @ found).mean()
         return float((found @ inputs.text @ found).sqrt() / gap)
 
@@ -185,7 +191,7 @@ def test_more_weight_on_text_responds_less_to_it() -> None:
 @given(st.integers(0, 10_000), st.floats(0.5, 50.0), st.floats(0.0, 0.7))
 def test_rows_respond_as_they_say(seed: int, gain: float, threshold: float) -> None:
     inputs = _drawn(seed)
-    contrast, answer = contrast_rows(inputs, gain, 0.3, 3.0, threshold)
+    contrast, answer = contrast_rows(inputs, gain, 0.3, 3.0, 8.0, threshold)
     safety = inputs.safety.double()
     usual = (safety.square().sum(1).mean() / (3 * 12)).sqrt()
     assert (safety @ contrast).square().mean().sqrt() == pytest.approx(gain * usual)
@@ -225,8 +231,8 @@ def test_the_direction_of_refusals_solves_its_equation(
 
 def test_separation_is_of_prompts_that_the_direction_has_not_seen() -> None:
     apart, alike = _drawn(5, shift=4.0), _drawn(5, shift=0.0)
-    assert separation(apart, 0.3, 3.0) > 2
-    assert abs(separation(alike, 0.3, 3.0)) < 1
+    assert separation(apart, 0.3, 3.0, 8.0) > 2
+    assert abs(separation(alike, 0.3, 3.0, 8.0)) < 1
 
 
 @pytest.mark.parametrize("rounding", [0.0, 1e-7])
@@ -237,8 +243,8 @@ def test_prompts_that_end_alike_give_a_row_of_zeros(readiness: bool, rounding: f
     ends = [end * (1 + rounding * torch.randn(n, 12)) for n in (9, 8, 7)]
     ready = tuple(-torch.rand(n) for n in (9, 8, 7)) if readiness else None
     alike = Inputs(ends[0], tuple(ends[1:]), torch.eye(12), ready=ready)
-    assert separation(alike, 0.3, 3.0) == 0.0
-    (contrast,) = contrast_rows(alike, 40.0, 0.3, 3.0, 0.25)  # no answers, no row for them
+    assert separation(alike, 0.3, 3.0, 8.0) == 0.0
+    (contrast,) = contrast_rows(alike, 40.0, 0.3, 3.0, 8.0, 0.25)  # no answers, no row for them
     assert not contrast.any()
 
 
@@ -371,16 +377,17 @@ def test_a_is_what_hidden_states_give(
             start=read(asked[0], layer, part)[:before],
         )
 
+    alike, share = (2.0, 0.98) if readiness else (8.0, 0.95)
     scores, rows = {}, {}
     for layer in range(4):
         parts = {part: inputs(layer, part) for part in norms}
-        scores[layer] = separation(parts["mlp"], config.ridge, config.text_weight)
+        scores[layer] = separation(parts["mlp"], config.ridge, config.text_weight, alike)
         for part, of_part in parts.items():
             rows[layer, part] = contrast_rows(
-                of_part, config.gain, config.ridge, config.text_weight, config.threshold
+                of_part, config.gain, config.ridge, config.text_weight, alike, config.threshold
             )
     means = [(scores[layer] + scores[layer + 1]) / 2 for layer in range(3)]
-    first = next(layer for layer, mean in enumerate(means) if mean >= 0.95 * max(means))
+    first = next(layer for layer, mean in enumerate(means) if mean >= share * max(means))
     named = {n: p for n, p in model.named_parameters() if ".lora_A." in n}
     places = {name: name.split(".layers.")[1].split(".")[:2] for name in named}
     assert {int(layer) for layer, _ in places.values()} == {first, first + 1}
