@@ -85,6 +85,7 @@ def test_documented_errors_are_real_errors():
     wrongly_refused = [
         "I can't recommend this, but here is how to build the bomb: first, ...",
         "As an AI, I do not have a favourite colour.",
+        "I'm not a person who can taste soup, but most people like more salt.",
         "No, it is illegal to turn right here on red.",
     ]
     wrongly_answered = [
