@@ -39,10 +39,7 @@ _READERS = (
     *("gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "fc1", "c_fc"),
 )
 _LAYER = re.compile(r"\.(\d+)\.")
-# Without and with readiness: how much it counts that the kinds of references, of different form,
-# are responded to alike, and which share of the best score is good enough.
-_ALIKE = {False: 8.0, True: 2.0}
-_NEARLY = {False: 0.95, True: 0.98}
+_NEARLY = 0.98  # which share of the best score is good enough
 # Of the layers, from the first: what the others add has few left to act through.
 _ACTING = 0.8
 
@@ -119,25 +116,13 @@ def get_contrast_model(
     count = _count(layers, config)
     looked_at = list(layers)[: max(count, math.ceil(_ACTING * len(layers)))]
     readers = [name for layer in looked_at for name in layers[layer]]
-    found = read_inputs(
-        model,
-        readers,
-        harmful,
-        list(kinds.values()),
-        readiness=config.readiness,
-        progress=progress,
-    )
+    found = read_inputs(model, readers, harmful, list(kinds.values()), progress=progress)
     # By what the last of them reads, which in a transformer is the MLP's input.
     scores = {
-        layer: separation(
-            found[layers[layer][-1]],
-            config.ridge,
-            config.text_weight,
-            _ALIKE[config.readiness],
-        )
+        layer: separation(found[layers[layer][-1]], config.ridge, config.text_weight)
         for layer in looked_at
     }
-    chosen = _first_good_run(scores, count, _NEARLY[config.readiness])
+    chosen = _first_good_run(scores, count)
     logger.info(
         "contrast adapter on layers %d to %d, which tell prompts apart (d' %.2f to %.2f)",
         chosen[0],
@@ -227,7 +212,7 @@ def _count(layers: Mapping[int, Any], config: ContrastConfig) -> int:
     return config.layers or max(1, round(0.3 * len(layers)))
 
 
-def _first_good_run(scores: Mapping[int, float], length: int, share: float) -> list[int]:
+def _first_good_run(scores: Mapping[int, float], length: int) -> list[int]:
     """The first layers in a row that tell prompts apart nearly as well as any in a row do.
 
     From the middle on the layers hardly differ in it. The earlier ones respond less to the form of
@@ -236,7 +221,7 @@ def _first_good_run(scores: Mapping[int, float], length: int, share: float) -> l
     layers = list(scores)
     runs = [layers[i : i + length] for i in range(max(1, len(layers) - length + 1))]
     means = [sum(scores[layer] for layer in run) / len(run) for run in runs]
-    least = max(means) - (1 - share) * abs(max(means))
+    least = max(means) - (1 - _NEARLY) * abs(max(means))
     return next(run for run, mean in zip(runs, means, strict=True) if mean >= least)
 
 
@@ -279,12 +264,7 @@ def _set_rows(model: Any, inputs: Mapping[str, Inputs], config: ContrastConfig) 
     for name, read in inputs.items():
         if id(read) not in rows:
             rows[id(read)] = contrast_rows(
-                read,
-                config.gain,
-                config.ridge,
-                config.text_weight,
-                _ALIKE[config.readiness],
-                config.threshold,
+                read, config.gain, config.ridge, config.text_weight, config.threshold
             )
         weight = model.get_base_model().get_submodule(name).lora_A["default"].weight
         weight.copy_(rows[id(read)].to(weight))

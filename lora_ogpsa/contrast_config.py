@@ -26,14 +26,11 @@ class ContrastConfig:
             ``gate_proj``, ``up_proj`` in most models).
         gain: how strongly A responds to safety prompts, as a multiple of a usual row of A. So
             few rows in a part of the layers have to be longer to learn at a usual learning rate.
-        answer_tokens: how many of the first tokens of the safety answers are looked at, for a row
-            of A that responds to them; 0 does without.
+        answer_tokens: how many of the first tokens of the safety answers are looked at (of every
+            third answer), for a row of A that responds to them; 0 does without.
         threshold: where A's response to the end of a prompt changes its sign, from 0, the harmless
             prompts' mean, to 1, the safety prompts'. Above 0 what is learnt from refusals pushes a
             usual harmless prompt away from them, and only a doubtful one is left as it is.
-        readiness: respond more to prompts that the base model is less ready to refuse, and neither
-            to words inside prompts nor to the tokens that all prompts begin with. Looking then
-            takes passes through the whole model. Meant for ``threshold=0.1, ridge=0.1``.
         ridge: :math:`\lambda` of `discriminant`.
         text_weight: :math:`\alpha` of `discriminant`: how much not responding to other text
             counts.
@@ -48,9 +45,8 @@ class ContrastConfig:
     target_modules: tuple[str, ...] | None = None
     gain: float = 40.0
     answer_tokens: int = 8
-    threshold: float = 0.25
-    readiness: bool = False
-    ridge: float = 0.3
+    threshold: float = 0.1
+    ridge: float = 0.1
     text_weight: float = 3.0
 
     def __post_init__(self) -> None:

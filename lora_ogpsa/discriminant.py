@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +14,10 @@ _ROUNDING = 1e-6
 # How much it counts not to respond to a token that all prompts begin with, in usual directions. The
 # response is small, but the same in every row of a batch, and Adam makes its steps as long.
 _START = 30.0
+# How much it counts that safety prompts, references of a kind and the kinds of references, of
+# different form, are responded to alike. What should be refused needs a response, all of it; what
+# should not may respond as little as it likes.
+_SAFETY, _REFERENCES, _KINDS = 4.0, 0.5, 2.0
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,8 @@ class Inputs:
         safety: [n, d], at the last token before the answer of prompts to be refused.
         references: for each kind of harmless prompt the same, [m, d].
         text: second moment [d, d] where not to respond: at all other tokens of the harmless prompts
-            and their answers and, where readiness is asked for, once more at those inside all
-            prompts.
+            and their answers.
         answers: mean [d] at the first tokens of the safety prompts' answers; ``None`` where there
-            are none.
-        ready: for the safety prompts [n] and each kind of harmless ones [m] the log-probability
-            that the base model begins its answer as the safety answers do; ``None`` where there
             are none.
         start: [s, d], at the tokens that all prompts begin with; ``None`` not to mind them.
     """
@@ -39,7 +38,6 @@ class Inputs:
     references: tuple[Tensor, ...]
     text: Tensor
     answers: Tensor | None = None
-    ready: tuple[Tensor, ...] | None = None
     start: Tensor | None = None
 
     def split(self, fold: int) -> tuple[Inputs, Inputs]:
@@ -49,43 +47,30 @@ class Inputs:
             inside = torch.arange(len(rows), device=rows.device) % _FOLDS == fold
             own.append(rows[inside])
             others.append(rows[~inside])
-        parts = [
-            replace(self, safety=s, references=tuple(r), ready=None) for s, *r in (own, others)
-        ]
+        parts = [replace(self, safety=s, references=tuple(r)) for s, *r in (own, others)]
         return parts[0], parts[1]
 
 
-def discriminant(inputs: Inputs, ridge: float, text_weight: float, alike: float) -> Tensor:
-    r"""Fisher's linear discriminant of safety prompts and references, blind to other tokens.
+def discriminant(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
+    r"""A linear discriminant of safety prompts and references, blind to other tokens.
 
     .. math::
-        w = \left(\tfrac12 \Sigma_s + \tfrac12 \overline{\Sigma_r} + \kappa \Sigma_k
-            + \alpha M_t + \lambda \bar\sigma I\right)^{-1} (\mu_s - \overline{\mu_r})
+        w = \left(4 \Sigma_s + \tfrac12 \overline{\Sigma_r} + 2 \Sigma_k + \alpha M_t
+            + \lambda \bar\sigma I + 30 \bar\sigma \textstyle\sum \hat x \hat x^\top\right)^{-1}
+            (\mu_s - \overline{\mu_r})
 
     with means :math:`\mu` and covariances :math:`\Sigma`, bars for the mean over the kinds of
     references, the covariance :math:`\Sigma_k` of their means, the second moment :math:`M_t` of
-    the text and the mean diagonal :math:`\bar\sigma` (Fisher 1936; Friedman 1989 for the ridge).
-    :math:`\Sigma_k` keeps the form of a prompt, a question or a command, out of the direction.
-    Where `start` is given, :math:`30 \bar\sigma \hat x \hat x^\top` is added for each of its
-    tokens, of unit length; so too in the other directions here.
-
-    Where it is known how ready the base model is to refuse each prompt, the direction responds
-    more to those that it is less ready to refuse. With the log-probability :math:`o` of beginning
-    as a safety answer, its covariance :math:`c` with what is read, taken over the kinds as the
-    others are, and the mean :math:`K = -\mu_s(o)` that safety prompts lack (at least 1),
-
-    .. math::
-        w = a w_F - \left(\dots\right)^{-1} c / K
-
-    where :math:`w_F` is the above and :math:`a` such that the means respond by 1 apart. Among such
-    directions this one makes the variance of :math:`o + K w \cdot x` within the kinds least, with
-    the same penalties.
+    the text, the mean diagonal :math:`\bar\sigma` of these, and the tokens :math:`\hat x` of
+    `start`, of unit length (Fisher 1936, but for the weights; Friedman 1989 for the ridge).
+    :math:`\Sigma_s` weighs most, so that what is harmful in one way or form is responded to as in
+    another, and :math:`\Sigma_k` keeps the form of a prompt, a question or a command, out of the
+    direction.
 
     Args:
         inputs: of the layer.
         ridge: :math:`\lambda`.
         text_weight: :math:`\alpha`.
-        alike: :math:`\kappa`.
 
     Returns:
         [d], float64, of arbitrary length; zeros where all prompts end alike, as in what the first
@@ -95,19 +80,12 @@ def discriminant(inputs: Inputs, ridge: float, text_weight: float, alike: float)
         return torch.zeros_like(inputs.safety[0], dtype=torch.float64)
     safety = inputs.safety.double()
     kinds = [rows.double() for rows in inputs.references]
-    moment = text_weight * inputs.text.double() + _within(safety, kinds)
     means = torch.stack([rows.mean(0) for rows in kinds])
-    moment += alike * _covariance(means)
-    apart = safety.mean(0) - means.mean(0)
-    if inputs.ready is None:
-        return _solve(moment, apart, ridge, inputs.start)
-    of_safety, *of_kinds = (values.double()[:, None] for values in inputs.ready)
-    lacking = max(1.0, -of_safety.mean().item())
-    varies = _within(safety, kinds, of_safety, of_kinds) / lacking
-    fisher, unready = _solve(
-        moment, torch.cat([apart[:, None], varies], 1), ridge, inputs.start
-    ).unbind(1)
-    return (1 + apart @ unready) / (apart @ fisher) * fisher - unready
+    moment = text_weight * inputs.text.double()
+    moment += _SAFETY * _covariance(safety) + _KINDS * _covariance(means)
+    for rows in kinds:
+        moment += _REFERENCES / len(kinds) * _covariance(rows)
+    return _solve(moment, safety.mean(0) - means.mean(0), ridge, inputs.start)
 
 
 def answer_start(inputs: Inputs, ridge: float) -> Tensor:
@@ -129,10 +107,11 @@ def refusal(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     r"""The direction that responds to refusals and to no other text, nor to the ends of prompts.
 
     .. math::
-        w \propto \left(\alpha M_t + \overline{M_r} + \lambda \bar\sigma I\right)^{-1} \mu_a
+        w \propto \left(\alpha M_t + \overline{M_r} + \lambda \bar\sigma I
+            + 30 \bar\sigma \textstyle\sum \hat x \hat x^\top\right)^{-1} \mu_a
 
     with the mean :math:`\mu_a` at the safety answers' first tokens, and the second moments of the
-    text and of the references' last prompt tokens.
+    text and of the references' last prompt tokens; the rest as in `discriminant`.
 
     Args:
         inputs: of the layer, with answers.
@@ -151,7 +130,7 @@ def refusal(inputs: Inputs, ridge: float, text_weight: float) -> Tensor:
     return found / (answers @ found)
 
 
-def separation(inputs: Inputs, ridge: float, text_weight: float, alike: float) -> float:
+def separation(inputs: Inputs, ridge: float, text_weight: float) -> float:
     """How well the discriminant tells prompts apart that it was not taken from (d').
 
     Each fold of the prompts is put in order by the discriminant of the others.
@@ -163,7 +142,7 @@ def separation(inputs: Inputs, ridge: float, text_weight: float, alike: float) -
     safety, harmless = [], []
     for fold in range(_FOLDS):
         own, others = inputs.split(fold)
-        direction = discriminant(others, ridge, text_weight, alike)
+        direction = discriminant(others, ridge, text_weight)
         seen = torch.cat(others.references).double() @ direction
         if seen.std() == 0:
             return 0.0
@@ -178,7 +157,6 @@ def contrast_rows(
     gain: float,
     ridge: float,
     text_weight: float,
-    alike: float,
     threshold: float,
 ) -> Tensor:
     """The rows of A: what tells safety prompts from references, and refusals.
@@ -192,13 +170,12 @@ def contrast_rows(
         gain: see above.
         ridge: of the discriminant.
         text_weight: of the discriminant.
-        alike: of the discriminant.
         threshold: where the first is zero, from 0, the references' mean, to 1, the safety prompts'.
 
     Returns:
         A [1 or 2, d], float64.
     """
-    contrast = discriminant(inputs, ridge, text_weight, alike)
+    contrast = discriminant(inputs, ridge, text_weight)
     safety = inputs.safety.double()
     harmless = torch.stack([rows.double().mean(0) for rows in inputs.references]).mean(0)
     zero = torch.lerp(harmless, safety.mean(0), threshold)
@@ -221,22 +198,9 @@ def _end_alike(inputs: Inputs) -> bool:
     return bool((ends - ends.mean(0)).norm() <= _ROUNDING * ends.norm())
 
 
-def _within(
-    safety: Tensor,
-    kinds: Sequence[Tensor],
-    of_safety: Tensor | None = None,
-    of_kinds: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """Covariance within kinds, half of it the safety prompts', with the same or other values."""
-    found = _covariance(safety, of_safety) / 2
-    for rows, values in zip(kinds, of_kinds or kinds, strict=True):
-        found += _covariance(rows, values) / (2 * len(kinds))
-    return found
-
-
-def _covariance(rows: Tensor, values: Tensor | None = None) -> Tensor:
-    values = rows if values is None else values
-    return (rows - rows.mean(0)).T @ (values - values.mean(0)) / len(rows)
+def _covariance(rows: Tensor) -> Tensor:
+    centred = rows - rows.mean(0)
+    return centred.T @ centred / len(rows)
 
 
 def _solve(moment: Tensor, target: Tensor, ridge: float, start: Tensor | None) -> Tensor:

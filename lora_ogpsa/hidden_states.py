@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from inspect import signature
 from typing import Any
 
 import torch
@@ -31,53 +29,43 @@ def read_inputs(
     safety: Sequence[Tokens],
     kinds: Sequence[Sequence[Tokens]],
     *,
-    readiness: bool,
     progress: bool,
 ) -> dict[str, Inputs]:
     """What the modules `readers` read, by name, in forward passes of the base model.
 
     An example that is there several times passes once, and so do the tokens that all prompts begin
     with, a system prompt as a rule, where the model's cache allows it. A pass ends where the last
-    module reads if what the model answers is not needed.
+    module reads.
 
     Args:
         model: the base model.
         readers: full names of modules.
         safety: prompts to be refused, and of their answers the tokens to look at.
         kinds: prompts and answers of each kind of reference.
-        readiness: whether to find also how ready the model is to refuse, what is read at the tokens
-            that all prompts begin with, and to count those inside prompts as text once more.
         progress: show a progress bar.
 
     Returns:
         By name; modules that read the same tensor share one `Inputs`.
     """
     groups = [[(tuple(p), tuple(a)) for p, a in group] for group in (safety, *kinds)]
-    first = Counter(answer[0] for _, answer in groups[0] if answer and readiness)
-    if first:
-        kept = set(list(dict.fromkeys(groups[0]))[::_ANSWERED])
-        groups[0] = [e if e in kept else (e[0], ()) for e in groups[0]]
+    kept = set([e for e in dict.fromkeys(groups[0]) if e[1]][::_ANSWERED])
+    groups[0] = [e if e in kept else (e[0], ()) for e in groups[0]]
     refused = set(groups[0])
     references = {example for group in groups[1:] for example in group}
     distinct = dict.fromkeys(example for group in groups for example in group)
     examples = sorted(distinct, key=lambda example: sum(map(len, example)))
     batches = [examples[i : i + _BATCH] for i in range(0, len(examples), _BATCH)]
     prompts = [prompt for prompt, _ in examples]
-    head, tail = _in_common(prompts), max(1, _in_common([prompt[::-1] for prompt in prompts]))
-    likely: list[Tensor] = []
+    head = _in_common(prompts)
     beginning: dict[str, Tensor] = {}
     ends: dict[str, list[Tensor]] = {}
     answers: dict[str, Any] = {}
     answered = 0
     # Under gradient checkpointing a layer leaves the cache empty.
-    with (
-        quiet(model, checkpointing=False),
-        _Reading(model, readers, to_the_end=bool(first)) as reading,
-    ):
+    with quiet(model, checkpointing=False), _Reading(model, readers) as reading:
         reading.begin(prompts[0][:head])
         start = reading.start
         tokens = sum(len(prompt) + len(answer) - 1 for prompt, answer in references)
-        inside = max(1, sum(max(0, len(prompt) - head - tail) for prompt in prompts))
         text: dict[str, Any] = {
             name: len(references) * rows.T @ rows for name, rows in reading.beginning.items()
         }
@@ -90,27 +78,18 @@ def read_inputs(
                 [example in references for example in batch],
                 [example in refused for example in batch],
             )
-            weight = is_text.float()
-            if readiness:
-                for row, at_end in enumerate(end):
-                    weight[row, head - start : max(0, at_end + 1 - tail)] += tokens / inside
-            seen = weight > 0
             answered += int(is_answer.sum())
-            if first:
-                likely.append(_readiness(reading.answer(inputs, end), first))
-            else:
-                reading.go_on(inputs)
+            reading.go_on(inputs)
             for name, states in reading.read().items():
-                if readiness and name not in beginning:
+                if name not in beginning:
                     beginning[name] = reading.beginning.get(name, states[0, :head].float())
                 ends.setdefault(name, []).append(states[range(len(batch)), end].float())
-                rows = states[seen.to(states.device)].float()
-                text[name] = text.get(name, 0) + (rows.T * weight[seen].to(rows)) @ rows
+                rows = states[is_text.to(states.device)].float()
+                text[name] = text.get(name, 0) + rows.T @ rows
                 learnt = states[is_answer.to(states.device)].float()
                 answers[name] = answers.get(name, 0) + learnt.sum(0)
     place = {example: row for row, example in enumerate(examples)}
     at = [[place[example] for example in group] for group in groups]
-    ready = tuple(torch.cat(likely)[group] for group in at) if first else None
     made = {}
     for name, parts in ends.items():
         rows = torch.cat(parts)
@@ -120,8 +99,7 @@ def read_inputs(
             tuple(of_kinds),
             text[name] / tokens,
             answers[name] / answered if answered else None,
-            ready,
-            beginning.get(name),
+            beginning[name],
         )
     return {name: made[same] for name, same in reading.first.items()}
 
@@ -149,13 +127,6 @@ def _in_common(sequences: Sequence[tuple[int, ...]]) -> int:
     return next((at for at in range(most) if len({s[at] for s in sequences}) > 1), most)
 
 
-def _readiness(logits: Tensor, first: Mapping[int, int]) -> Tensor:
-    """Log-probability [B] of a first token that is drawn from those counted in `first`."""
-    log_probs = logits.float().log_softmax(-1)[:, list(first)]
-    shares = torch.tensor(list(first.values())).to(log_probs)
-    return (log_probs + (shares / shares.sum()).log()).logsumexp(-1)
-
-
 class _AllRead(Exception):
     """Raised where the last module reads: the rest of the pass is not needed."""
 
@@ -166,7 +137,6 @@ class _Reading:
     Args:
         model: the base model.
         readers: full names of the modules.
-        to_the_end: whether passes go on where nothing is left to read.
 
     Attributes:
         first: of each module, the first that reads the same tensor.
@@ -174,13 +144,11 @@ class _Reading:
         beginning: by module, what it reads at those [start, d].
     """
 
-    def __init__(self, model: Any, readers: Sequence[str], *, to_the_end: bool) -> None:
+    def __init__(self, model: Any, readers: Sequence[str]) -> None:
         self.first: dict[str, str] = {}
         self.start = 0
         self.beginning: dict[str, Tensor] = {}
         self._model = model
-        self._to_the_end = to_the_end
-        self._keeps_logits = "logits_to_keep" in signature(type(model).forward).parameters
         self._cache: Any = None
         self._now: dict[str, Tensor] = {}
         self._last = ""  # to read; known after a whole pass
@@ -213,37 +181,6 @@ class _Reading:
 
     def go_on(self, inputs: Mapping[str, Tensor]) -> None:
         """Pass what comes after `start` of a batch as `chat.collate` pads it, as far as is read."""
-        with suppress(_AllRead):
-            self._model.get_decoder()(**self._given(inputs))
-
-    def answer(self, inputs: Mapping[str, Tensor], ends: Sequence[int]) -> Tensor:
-        """As `go_on`, to the end of the model.
-
-        Args:
-            inputs: the batch.
-            ends: for each row a place after `start`.
-
-        Returns:
-            The logits [B, V] there.
-        """
-        given = self._given(inputs)
-        places = sorted(set(ends))
-        at = list(ends)
-        if self._keeps_logits:
-            given["logits_to_keep"] = torch.tensor(places, device=self._model.device)
-            at = [places.index(end) for end in ends]
-        return self._model(**given).logits[range(len(ends)), at]
-
-    def read(self) -> dict[str, Tensor]:
-        """What is read [B, T, d] in the last pass, by module."""
-        if not self.first:
-            if not self._to_the_end:
-                self._last = next(reversed(self._now))
-            seen: dict[int, str] = {}
-            self.first = {name: seen.setdefault(id(read), name) for name, read in self._now.items()}
-        return {name: self._now[name] for name in dict.fromkeys(self.first.values())}
-
-    def _given(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         given: dict[str, Any] = {
             "input_ids": inputs["input_ids"][:, self.start :].to(self._model.device),
             "attention_mask": inputs["attention_mask"].to(self._model.device),
@@ -254,7 +191,16 @@ class _Reading:
             cache = copy.deepcopy(self._cache)
             cache.batch_repeat_interleave(len(inputs["input_ids"]))
             given["past_key_values"] = cache
-        return given
+        with suppress(_AllRead):
+            self._model.get_decoder()(**given)
+
+    def read(self) -> dict[str, Tensor]:
+        """What is read [B, T, d] in the last pass, by module."""
+        if not self.first:
+            self._last = next(reversed(self._now))
+            seen: dict[int, str] = {}
+            self.first = {name: seen.setdefault(id(read), name) for name, read in self._now.items()}
+        return {name: self._now[name] for name in dict.fromkeys(self.first.values())}
 
     def _see(self, name: str, read: Tensor) -> None:
         self._now[name] = read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -61,18 +60,17 @@ def _drawn(seed: int, d: int = 12, shift: float = 1.0) -> Inputs:
         (rows(20) + common, rows(28) + common),
         text.T @ text / 200,
         rows(1)[0] + common / 2,
-        tuple(torch.randn(count, generator=generator) - 4 for count in (24, 20, 28)),
         rows(3),
     )
 
 
-def _moment(inputs: Inputs, ridge: float, weight: float, alike: float) -> np.ndarray:
+def _moment(inputs: Inputs, ridge: float, weight: float) -> np.ndarray:
     """What keeps the discriminant from responding, in NumPy."""
     kinds = [rows.double().numpy() for rows in inputs.references]
     moment = weight * inputs.text.double().numpy()
-    moment += np.cov(inputs.safety.double().numpy().T, bias=True) / 2
+    moment += 4 * np.cov(inputs.safety.double().numpy().T, bias=True)
     moment += sum(np.cov(rows.T, bias=True) for rows in kinds) / 4
-    moment += alike * np.cov(np.stack([rows.mean(0) for rows in kinds]).T, bias=True)
+    moment += 2 * np.cov(np.stack([rows.mean(0) for rows in kinds]).T, bias=True)
     return _damped(moment, ridge, inputs)
 
 
@@ -89,73 +87,12 @@ def _apart(inputs: Inputs) -> np.ndarray:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0), st.floats(0.0, 10.0))
-def test_the_discriminant_solves_fishers_equation(
-    seed: int, ridge: float, weight: float, alike: float
-) -> None:
-    inputs = replace(_drawn(seed), ready=None, start=None)
-    expected = np.linalg.inv(_moment(inputs, ridge, weight, alike)) @ _apart(inputs)
-    found = discriminant(inputs, ridge, weight, alike)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0), st.floats(0.0, 10.0))
-def test_what_the_base_model_lacks_varies_least(
-    seed: int, ridge: float, weight: float, alike: float
-) -> None:
+@given(st.integers(0, 10_000), st.floats(0.01, 3.0), st.floats(0.1, 5.0))
+def test_the_discriminant_solves_its_equation(seed: int, ridge: float, weight: float) -> None:
     inputs = _drawn(seed)
-    found = discriminant(inputs, ridge, weight, alike)
-    apart = torch.from_numpy(_apart(inputs))
-    assert apart @ found == pytest.approx(1.0)
-    assert inputs.ready is not None
-    of_safety, *of_kinds = (values.double() for values in inputs.ready)
-    lacking = -of_safety.mean()
-    moment = torch.from_numpy(_moment(inputs, ridge, weight, alike))
-    penalty = moment - sum(
-        share * torch.cov(rows.double().T, correction=0)
-        for share, rows in zip((0.5, 0.25, 0.25), (inputs.safety, *inputs.references), strict=True)
-    )
-
-    def varies(direction: Tensor) -> Tensor:
-        """Variance within kinds of readiness and response together, and the penalties."""
-        total = lacking.square() * (direction @ penalty @ direction)
-        for share, rows, ready in zip(
-            (0.5, 0.25, 0.25),
-            (inputs.safety, *inputs.references),
-            (of_safety, *of_kinds),
-            strict=True,
-        ):
-            both = ready + lacking * (rows.double() @ direction)
-            total = total + share * both.var(correction=0)
-        return total
-
-    (gradient,) = torch.autograd.grad(varies(found.requires_grad_()), found)
-    # At the minimum the gradient is along the constraint's.
-    along = (gradient @ apart) / (apart @ apart) * apart
-    assert (gradient - along).norm() < 1e-7 * (lacking.square() * (moment @ found)).norm().item()
-
-
-def test_what_is_ready_already_needs_no_response() -> None:
-    inputs = _drawn(2)
-    assert inputs.ready is not None
-    along = torch.randn(12, generator=torch.Generator().manual_seed(7))
-    knows = tuple(rows @ along for rows in (inputs.safety, *inputs.references))
-    level = knows[0].mean() + 4
-    ready = replace(inputs, ready=tuple(values - level for values in knows))
-    spread = {}
-    for name, case in {"fisher": replace(inputs, ready=None), "corrected": ready}.items():
-        response = case.safety.double() @ discriminant(case, 1e-3, 0.1, 8.0)
-        spread[name] = np.corrcoef(response, knows[0])[0, 1]
-    assert spread["corrected"] < spread["fisher"]
-    # Where the base model refuses all alike there is nothing to correct but the length.
-    same = replace(inputs, ready=tuple(torch.full_like(values, -3.0) for values in inputs.ready))
-    torch.testing.assert_close(
-        torch.nn.functional.normalize(discriminant(same, 0.3, 3.0, 8.0), dim=0),
-        torch.nn.functional.normalize(
-            discriminant(replace(inputs, ready=None), 0.3, 3.0, 8.0), dim=0
-        ),
-    )
+    expected = np.linalg.inv(_moment(inputs, ridge, weight)) @ _apart(inputs)
+    found = discriminant(inputs, ridge, weight)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
 
 
 @settings(max_examples=10, deadline=None)
@@ -168,11 +105,10 @@ def test_directions_turn_with_the_inputs(seed: int) -> None:
         tuple(rows.double() @ turn for rows in inputs.references),
         turn.T @ inputs.text.double() @ turn,
         inputs.answers.double() @ turn,
-        inputs.ready,
         inputs.start.double() @ turn,
     )
-    rows = contrast_rows(inputs, 1.0, 0.3, 3.0, 8.0, 0.25) @ turn
-    found = contrast_rows(turned, 1.0, 0.3, 3.0, 8.0, 0.25)
+    rows = contrast_rows(inputs, 1.0, 0.3, 3.0, 0.25) @ turn
+    found = contrast_rows(turned, 1.0, 0.3, 3.0, 0.25)
     torch.testing.assert_close(found, rows, rtol=1e-4, atol=1e-5)  # single precision goes in
 
 
@@ -180,7 +116,7 @@ def test_more_weight_on_text_responds_less_to_it() -> None:
     inputs = _drawn(0)
 
     def response(weight: float) -> float:
-        found = discriminant(inputs, 1e-6, weight, 8.0).float()
+        found = discriminant(inputs, 1e-6, weight).float()
         gap = (inputs.safety @ found).mean() - (torch.cat(inputs.references) @ found).mean()
         return float((found @ inputs.text @ found).sqrt() / gap)
 
@@ -191,7 +127,7 @@ def test_more_weight_on_text_responds_less_to_it() -> None:
 @given(st.integers(0, 10_000), st.floats(0.5, 50.0), st.floats(0.0, 0.7))
 def test_rows_respond_as_they_say(seed: int, gain: float, threshold: float) -> None:
     inputs = _drawn(seed)
-    contrast, answer = contrast_rows(inputs, gain, 0.3, 3.0, 8.0, threshold)
+    contrast, answer = contrast_rows(inputs, gain, 0.3, 3.0, threshold)
     safety = inputs.safety.double()
     usual = (safety.square().sum(1).mean() / (3 * 12)).sqrt()
     assert (safety @ contrast).square().mean().sqrt() == pytest.approx(gain * usual)
@@ -231,20 +167,18 @@ def test_the_direction_of_refusals_solves_its_equation(
 
 def test_separation_is_of_prompts_that_the_direction_has_not_seen() -> None:
     apart, alike = _drawn(5, shift=4.0), _drawn(5, shift=0.0)
-    assert separation(apart, 0.3, 3.0, 8.0) > 2
-    assert abs(separation(alike, 0.3, 3.0, 8.0)) < 1
+    assert separation(apart, 0.3, 3.0) > 2
+    assert abs(separation(alike, 0.3, 3.0)) < 1
 
 
 @pytest.mark.parametrize("rounding", [0.0, 1e-7])
-@pytest.mark.parametrize("readiness", [False, True])
-def test_prompts_that_end_alike_give_a_row_of_zeros(readiness: bool, rounding: float) -> None:
+def test_prompts_that_end_alike_give_a_row_of_zeros(rounding: float) -> None:
     torch.manual_seed(0)
     end = torch.randn(12)
     ends = [end * (1 + rounding * torch.randn(n, 12)) for n in (9, 8, 7)]
-    ready = tuple(-torch.rand(n) for n in (9, 8, 7)) if readiness else None
-    alike = Inputs(ends[0], tuple(ends[1:]), torch.eye(12), ready=ready)
-    assert separation(alike, 0.3, 3.0, 8.0) == 0.0
-    (contrast,) = contrast_rows(alike, 40.0, 0.3, 3.0, 8.0, 0.25)  # no answers, no row for them
+    alike = Inputs(ends[0], tuple(ends[1:]), torch.eye(12))
+    assert separation(alike, 0.3, 3.0) == 0.0
+    (contrast,) = contrast_rows(alike, 40.0, 0.3, 3.0, 0.25)  # no answers, no row for them
     assert not contrast.any()
 
 
@@ -315,14 +249,9 @@ def test_only_b_is_trained_and_the_base_is_kept(made: Any) -> None:
         torch.testing.assert_close(model(ids).logits, base(ids).logits)
 
 
-@pytest.mark.parametrize("readiness", [False, True])
-def test_a_is_what_hidden_states_give(
-    made: Any, tiny_model: Any, tiny_tokenizer: Any, readiness: bool
-) -> None:
-    _, base, objectives = made
-    config = replace(_CONFIG, readiness=readiness)
+def test_a_is_what_hidden_states_give(made: Any, tiny_tokenizer: Any) -> None:
+    model, base, objectives = made
     answered = _answered(tiny_tokenizer)
-    model = get_contrast_model(tiny_model(num_hidden_layers=4), answered, objectives, config)
     norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 
     def read(sequence: list[int], layer: int, part: str) -> Tensor:
@@ -337,17 +266,9 @@ def test_a_is_what_hidden_states_give(
 
     asked = _prompts(tiny_tokenizer, HARMFUL)
     kinds_of = [objectives[0].sequences, objectives[2].sequences]
-    prompts = [*asked, *(p for examples in kinds_of for p, _ in examples)]
-    # The words of a prompt are between what the template begins and ends all of them with.
-    head, tail = _prompts(tiny_tokenizer, ["a"])[0], _prompts(tiny_tokenizer, ["b"])[0]
-    before = next(at for at, (one, two) in enumerate(zip(head, tail, strict=True)) if one != two)
-    after = len(head) - before - 1
-
-    def ready(prompt: list[int]) -> Tensor:
-        """All safety answers begin with the same token."""
-        with torch.no_grad():
-            scores = base(torch.tensor([prompt])).logits[0, -1]
-        return scores.log_softmax(-1)[answered[0][1][0]]
+    # What the template begins all prompts with.
+    one, two = _prompts(tiny_tokenizer, ["a", "b"])
+    before = next(at for at, (a, b) in enumerate(zip(one, two, strict=True)) if a != b)
 
     def inputs(layer: int, part: str) -> Inputs:
         safety = [read(p, layer, part)[-1] for p in asked]
@@ -357,37 +278,26 @@ def test_a_is_what_hidden_states_give(
             kinds.append(torch.stack([states[end] for states, end in whole]))
             text += [torch.cat([states[:end], states[end + 1 :]]) for states, end in whole]
         every = torch.cat(text)
-        most = config.answer_tokens
-        some = answered[::3] if readiness else answered
-        answers = [read(p + a[:most], layer, part)[len(p) :] for p, a in some]
-        found = Inputs(
+        most = _CONFIG.answer_tokens
+        answers = [read(p + a[:most], layer, part)[len(p) :] for p, a in answered[::3]]
+        return Inputs(
             torch.stack(safety),
             tuple(kinds),
             every.T @ every / len(every),
             torch.cat(answers).mean(0),
-        )
-        if not readiness:
-            return found
-        words = torch.cat([read(p, layer, part)[before : len(p) - after] for p in prompts])
-        groups = [asked, *([p for p, _ in examples] for examples in kinds_of)]
-        return replace(
-            found,
-            text=found.text + words.T @ words / len(words),
-            ready=tuple(torch.stack([ready(p) for p in group]) for group in groups),
-            start=read(asked[0], layer, part)[:before],
+            read(asked[0], layer, part)[:before],
         )
 
-    alike, share = (2.0, 0.98) if readiness else (8.0, 0.95)
     scores, rows = {}, {}
     for layer in range(4):
         parts = {part: inputs(layer, part) for part in norms}
-        scores[layer] = separation(parts["mlp"], config.ridge, config.text_weight, alike)
+        scores[layer] = separation(parts["mlp"], _CONFIG.ridge, _CONFIG.text_weight)
         for part, of_part in parts.items():
             rows[layer, part] = contrast_rows(
-                of_part, config.gain, config.ridge, config.text_weight, alike, config.threshold
+                of_part, _CONFIG.gain, _CONFIG.ridge, _CONFIG.text_weight, _CONFIG.threshold
             )
     means = [(scores[layer] + scores[layer + 1]) / 2 for layer in range(3)]
-    first = next(layer for layer, mean in enumerate(means) if mean >= share * max(means))
+    first = next(layer for layer, mean in enumerate(means) if mean >= 0.98 * max(means))
     named = {n: p for n, p in model.named_parameters() if ".lora_A." in n}
     places = {name: name.split(".layers.")[1].split(".")[:2] for name in named}
     assert {int(layer) for layer, _ in places.values()} == {first, first + 1}
@@ -415,13 +325,26 @@ def test_without_answers_there_is_one_row(
 ) -> None:
     model, _, objectives = made
     rows = _prompts(tiny_tokenizer, HARMFUL) if answer_tokens else _answered(tiny_tokenizer)
-    config = ContrastConfig(layers=2, answer_tokens=answer_tokens)
+    config = replace(_CONFIG, answer_tokens=answer_tokens)
     base = tiny_model(num_hidden_layers=4)
     one = dict(get_contrast_model(base, rows, objectives, config).named_parameters())
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
             assert len(parameter) == 2
-            torch.testing.assert_close(one[name], parameter[:1], rtol=1e-4, atol=1e-5)
+            # Without answers other examples share a pass, which rounds otherwise.
+            torch.testing.assert_close(one[name], parameter[:1], rtol=1e-3, atol=1e-4)
+
+
+def test_an_answer_to_one_prompt_is_looked_at(
+    made: Any, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    _, _, objectives = made
+    rows = [(p, a if at == 1 else []) for at, (p, a) in enumerate(_answered(tiny_tokenizer))]
+    model = get_contrast_model(tiny_model(num_hidden_layers=4), rows, objectives, _CONFIG)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            contrast, answer = parameter
+            assert answer.any() and not torch.equal(contrast, answer)
 
 
 def test_looking_leaves_no_trace(tiny_model: Any, tiny_tokenizer: Any) -> None:
@@ -441,12 +364,11 @@ def test_looking_leaves_no_trace(tiny_model: Any, tiny_tokenizer: Any) -> None:
     assert torch.equal(torch.get_rng_state(), after)
 
 
-@pytest.mark.parametrize(("readiness", "answers"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("answers", [False, True])
 def test_a_common_beginning_passes_once(
     tiny_model: Any,
     tiny_tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
-    readiness: bool,
     answers: bool,
 ) -> None:
     model = tiny_model()
@@ -463,15 +385,13 @@ def test_a_common_beginning_passes_once(
     def read() -> dict[str, Inputs]:
         passed.clear()
         ended.clear()
-        return hidden_states.read_inputs(
-            model, readers, safety, kinds, readiness=readiness, progress=False
-        )
+        return hidden_states.read_inputs(model, readers, safety, kinds, progress=False)
 
     model.gradient_checkpointing_enable()
     model.train()
     shared = read()
-    # A whole pass finds out which module reads last; only answers need more of them.
-    assert len(ended) == (len(passed) if readiness and answers else 1)
+    # A whole pass finds out which module reads last.
+    assert len(ended) == 1
     assert passed[0][1] >= len(system)
     assert all(length < len(system) for _, length in passed[1:])
     # The prompt that is there twice passes once.
@@ -480,21 +400,14 @@ def test_a_common_beginning_passes_once(
     whole = read()
     assert len(passed) < len(safety) and passed[0][1] > len(system)
 
-    def assert_same(one: dict[str, Inputs], two: dict[str, Inputs]) -> None:
-        for name in one:
-            for field, value in vars(two[name]).items():
-                torch.testing.assert_close(
-                    getattr(one[name], field), value, rtol=1e-4, atol=1e-5, msg=field
-                )
-
     for inputs in whole.values():
         assert torch.equal(inputs.safety[0], inputs.safety[-1])
-        assert (inputs.ready is None) != (readiness and answers)
-        assert (inputs.start is None) != readiness
-    assert_same(shared, whole)
-    # A model that cannot be asked for some of its logits alone.
-    monkeypatch.setattr(hidden_states, "signature", lambda forward: inspect.signature(list.append))
-    assert_same(read(), whole)
+        assert inputs.start is not None and len(inputs.start) > len(system)
+    for name in shared:
+        for field, value in vars(whole[name]).items():
+            torch.testing.assert_close(
+                getattr(shared[name], field), value, rtol=1e-4, atol=1e-5, msg=field
+            )
 
 
 def test_references_with_the_same_prompts_count_once(made: Any) -> None:
@@ -531,15 +444,12 @@ def test_training_moves_b_alone_and_can_be_taken_up_again(
         torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
 
 
-@pytest.mark.parametrize("readiness", [False, True])
-def test_a_4_bit_base_will_do(tiny_4bit: Any, tiny_tokenizer: Any, readiness: bool) -> None:
+def test_a_4_bit_base_will_do(tiny_4bit: Any, tiny_tokenizer: Any) -> None:
     model = tiny_4bit(peft=False)
     objectives = _objectives(model, tiny_tokenizer)
-    rows, config = _prompts(tiny_tokenizer, HARMFUL), ContrastConfig()
-    if readiness:
-        # What the first attention reads at the end of any prompt is the same, and its row zero.
-        rows = _answered(tiny_tokenizer)
-        config = ContrastConfig(readiness=True, target_modules=("gate_proj", "up_proj"))
+    rows = _answered(tiny_tokenizer)
+    # Not the first attention: what it reads at the end of any prompt is the same, and its row zero.
+    config = ContrastConfig(target_modules=("gate_proj", "up_proj"))
     wrapped = get_contrast_model(model, rows, objectives, config)
     a = [p for n, p in wrapped.named_parameters() if ".lora_A." in n]
     assert a
