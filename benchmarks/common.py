@@ -141,10 +141,14 @@ def with_lora(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, settings)
+    return as_after_some_training(get_peft_model(model, settings))
+
+
+def as_after_some_training(model: Any) -> Any:
+    """`model`, a PEFT model, with B no longer zero and its trainable weights in float32."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            # As after some training: with B = 0 the gradient of A would be zero.
+            # With B = 0 the gradient of A would be zero.
             parameter.data.normal_(std=1e-3)
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

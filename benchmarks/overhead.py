@@ -8,7 +8,9 @@ Plain and projected steps alternate on one model and one batch. `step_overhead` 
 add to `optimizer.step()` without a refresh (orthogonal rule, k = 16), as a share of a plain step;
 `run_overhead` is a run at the default settings against plain training, refreshes included; the
 default's references come in turns of seven steps, so repeats should be a multiple of seven. Rules
-that refresh at intervals are put together from a measured refresh and a measured step.
+that refresh at intervals are put together from a measured refresh and a measured step. `contrast`
+is the default rule on a contrast adapter, as in the recipes, against plain training of all linear
+layers; `contrast_setup_steps` is what making that adapter costs once, in plain steps.
 
 Results go to benchmarks/results/overhead_<device>_<shape>.json.
 """
@@ -26,7 +28,16 @@ from typing import Any
 import common
 import torch
 
-from lora_ogpsa import OGPSA, OGPSAConfig, Reference, capture, default_references
+from lora_ogpsa import (
+    OGPSA,
+    ContrastConfig,
+    OGPSAConfig,
+    Reference,
+    capture,
+    default_references,
+    get_contrast_model,
+)
+from lora_ogpsa.data import load_rows
 from lora_ogpsa.models import cache_dir, load_model
 from lora_ogpsa.reference import Objective
 
@@ -40,12 +51,24 @@ RULES: dict[str, dict[str, Any]] = {
 TIMED_EXAMPLES = {"orthogonal": 16, "paper": 8}
 
 
-def model_and_references(options: argparse.Namespace) -> tuple[Any, dict[str, list[Objective]]]:
-    """The model under LoRA; `kl` references for the default rule, `sft` ones for the others."""
-    device = torch.device(options.device)
+def base_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The bare model, and its tokenizer where it has one."""
     if options.shape == "smollm2":
-        model, tokenizer = load_model("embedded", dtype="float32", device=options.device)
-        model = common.with_lora(model)
+        return load_model("embedded", dtype="float32", device=options.device)
+    shape = common.SHAPES[options.shape]
+    return common.random_nf4_llama(shape, torch.device(options.device)), None
+
+
+def answer_lengths(options: argparse.Namespace) -> tuple[int, int]:
+    """Tokens of a reference's prompt and of its answer, as long as the default's own."""
+    return min(44, options.length // 2), min(32, options.length // 2)
+
+
+def prepared_references(
+    options: argparse.Namespace, model: Any, tokenizer: Any
+) -> dict[str, list[Objective]]:
+    """`kl` references for the default rule, `sft` ones for the others."""
+    if tokenizer is not None:
         kl = [replace(r, limit=options.references) for r in default_references()]
         sft = [
             Reference(
@@ -57,13 +80,12 @@ def model_and_references(options: argparse.Namespace) -> tuple[Any, dict[str, li
             )
         ]
     else:
-        shape = common.SHAPES[options.shape]
-        model, tokenizer = common.with_lora(common.random_nf4_llama(shape, device)), None
-        # As long as the default's own, of which two answer with one token and come thrice.
-        prompt = min(44, options.length // 2)
+        vocabulary = common.SHAPES[options.shape]["vocab"]
+        prompt, whole = answer_lengths(options)
+        # Of the default's own, two answer with one token and come thrice.
         general, first = (
-            common.token_rows(shape["vocab"], options.references, prompt, answer)
-            for answer in (min(32, options.length // 2), 1)
+            common.token_rows(vocabulary, options.references, prompt, answer)
+            for answer in (whole, 1)
         )
         kl = [
             Reference("general", general),
@@ -71,11 +93,40 @@ def model_and_references(options: argparse.Namespace) -> tuple[Any, dict[str, li
             Reference("lookalike", first, share=3),
         ]
         sft = [Reference("general", general * 2, loss="sft", first_tokens=None)]
-    prepared = {
+    return {
         loss: [r.prepare(model, tokenizer, cache=cache_dir()) for r in references]
         for loss, references in (("kl", kl), ("sft", sft))
     }
-    return model, prepared
+
+
+def contrast_model(options: argparse.Namespace) -> tuple[Any, float]:
+    """Another copy of the model under the default contrast adapter, and the seconds it took to set.
+
+    It looks at as many prompts as it does by default. The base model's answers are not timed:
+    they are made with or without this adapter.
+    """
+    model, tokenizer = base_model(options)
+    settings = ContrastConfig()
+    if tokenizer is not None:
+        prompts: list[Any] = load_rows("embedded:safety_sft")
+        references = default_references()
+    else:
+        vocabulary = common.SHAPES[options.shape]["vocab"]
+        prompt, answer = answer_lengths(options)
+        rows = common.token_rows(vocabulary, settings.prompts, prompt, settings.answer_tokens)
+        prompts = [(row["input_ids"][:prompt], row["input_ids"][prompt:]) for row in rows]
+        references = [
+            Reference(name, common.token_rows(vocabulary, settings.references, prompt, answer))
+            for name in ("general", "lookalike")
+        ]
+    objectives = [r.prepare(model, tokenizer, cache=cache_dir()) for r in references]
+    device = torch.device(options.device)
+    common.synchronise(device)
+    began = time.perf_counter()
+    model = get_contrast_model(model, prompts, objectives, settings, processing_class=tokenizer)
+    common.synchronise(device)
+    taken = time.perf_counter() - began
+    return common.as_after_some_training(model), taken
 
 
 class Loop:
@@ -207,7 +258,9 @@ def refresh_parts(ogpsa: OGPSA, repeats: int, device: torch.device) -> dict[str,
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     torch.manual_seed(0)
-    model, objectives = model_and_references(options)
+    bare, tokenizer = base_model(options)
+    model = common.with_lora(bare)
+    objectives = prepared_references(options, model, tokenizer)
     loop = Loop(model, options)
     projected = projector(
         loop,
@@ -221,17 +274,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "early_refreshes": (),
         },
     )
-    default, *others = (
+
+    def own(model: Any) -> list[Objective]:
         # What the base model says of an example is kept with it: each rule asks for itself.
-        projector(loop, [Objective(o.reference, o.sequences, model) for o in objectives["kl"]], s)
-        for s in (RULES["default"], *options.variants.values())
-    )
-    variants = dict(zip(options.variants, others, strict=True))
+        return [Objective(o.reference, o.sequences, model) for o in objectives["kl"]]
+
+    default = projector(loop, own(model), RULES["default"])
+    variants = {name: projector(loop, own(model), s) for name, s in options.variants.items()}
+    contrast, setup = contrast_model(options)
+    contrast_loop = Loop(contrast, options)
+    on_contrast = projector(contrast_loop, own(contrast), RULES["default"])
     whole = common.side_by_side(
         {
             "plain": loop.step,
             "projected": lambda: loop.step(projected),
             "default": lambda: loop.step(default),
+            "contrast": lambda: contrast_loop.step(on_contrast),
             **{name: (lambda o=ogpsa: loop.step(o)) for name, ogpsa in variants.items()},
         },
         options.repeats,
@@ -269,7 +327,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     refreshes, runs = {"default": refresh_parts(default, options.repeats, device)}, {}
     # Not the median: its references take turns, and their examples are of different lengths.
-    for name in ("default", *variants):
+    for name in ("default", "contrast", *variants):
         runs[name] = sum(whole[name]) / sum(whole["plain"]) - 1
     for name, examples in TIMED_EXAMPLES.items():
         examples = min(examples, len(objectives["sft"][0]))
@@ -291,6 +349,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "hooks": hooks,
             "hook_parts": parts,
             "refresh": refreshes,
+            "contrast_setup": setup,
         },
         "projection": {
             "floor_bytes": floor,
@@ -304,13 +363,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "run_overhead": runs["default"],
             "run_overhead_by_rule": runs,
             "reference_share_of_default": refreshes["default"]["total"] / plain,
+            "contrast_setup_steps": setup / plain,
         },
     }
 
 
 def markdown(folder: Path) -> str:
     """The tables of all results in `folder`."""
-    figures, parts = [], []
+    figures, parts, shown = [], [], [*RULES, "contrast"]
     for path in sorted(folder.glob("overhead_*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         settings, summary = report["settings"], report["summary"]
@@ -324,15 +384,16 @@ def markdown(folder: Path) -> str:
                 f"{report['seconds']['steps']['plain']:.2f} s",
                 f"{summary['step_overhead']:.1%}",
                 f"{projection['share_of_copy']:.0%}",
-                *(f"{runs[rule]:.0%}" for rule in RULES),
-                ", ".join(f"{name} {runs[name]:.0%}" for name in runs if name not in RULES),
+                *(f"{runs[rule]:.0%}" if rule in runs else "" for rule in shown),
+                f"{summary['contrast_setup_steps']:.1f} steps" if "contrast" in runs else "",
+                ", ".join(f"{name} {runs[name]:.0%}" for name in runs if name not in shown),
             ]
         )
         refresh = report["seconds"]["refresh"]["default"]
         kinds = ("base forward", "forward", "backward", "rest")
         parts.append([name, *(f"{refresh[k] / refresh['total']:.0%}" for k in kinds)])
     header = ["model, batch", "device", "plain step", "step overhead (k = 16)", "of copy speed"]
-    header += [*(f"run: {rule}" for rule in RULES), "of variants"]
+    header += [*(f"run: {rule}" for rule in shown), "setting the contrast adapter", "of variants"]
     shares = ["model, batch", "base forward", "forward", "backward", "rest"]
     return "\n\n".join(
         [

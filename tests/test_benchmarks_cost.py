@@ -43,7 +43,9 @@ def test_overhead(run):
     summary = report["summary"]
     assert isinstance(summary["step_overhead"], float)
     assert isinstance(summary["run_overhead"], float)
-    assert summary["run_overhead_by_rule"].keys() == {"default", "orthogonal", "paper"}
+    rules = {"default", "orthogonal", "paper", "contrast"}
+    assert summary["run_overhead_by_rule"].keys() == rules
+    assert summary["contrast_setup_steps"] > 0
     refresh = report["seconds"]["refresh"]["default"]
     parts = [refresh[part] for part in ("base forward", "forward", "backward", "rest")]
     assert sum(parts) == pytest.approx(refresh["total"])
