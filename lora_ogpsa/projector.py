@@ -180,10 +180,14 @@ class OGPSA:
     # ------------------------------------------------------------------ hooks
 
     def _watch_forward(self, module: nn.Module, inputs: Any) -> None:
-        """Note the autocast state of training forwards, to repeat it in reference passes."""
+        """Note the autocast state and the size of training forwards, for reference passes."""
         if module.training and torch.is_grad_enabled():
             kind = self.space.device.type
-            cast = self.estimator.passes.autocast
+            passes = self.estimator.passes
+            # Processes that gather weights together have to recompute the same passes.
+            if inputs and inputs[0].is_floating_point() and not self.space.sharded:
+                passes.training_tokens = inputs[0].shape[:-1].numel()
+            cast = passes.autocast
             cast.enabled = torch.is_autocast_enabled(kind)
             cast.dtype = torch.get_autocast_dtype(kind) if cast.enabled else torch.float32
 

@@ -80,9 +80,9 @@ def test_gradient_checkpointing(tiny_peft, monkeypatch, reentrant):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("short", "forwards"), [(0, 2), (128, 1)])
+@pytest.mark.parametrize(("short", "training", "forwards"), [(0, 0, 2), (128, 0, 1), (0, 1024, 1)])
 def test_checkpointed_layers_are_recomputed_unless_the_example_is_short(
-    tiny_peft, monkeypatch, short, forwards
+    tiny_peft, monkeypatch, short, training, forwards
 ):
     monkeypatch.setattr(passes, "_SHORT", short)
     model = tiny_peft(warm=True).train()
@@ -95,7 +95,9 @@ def test_checkpointed_layers_are_recomputed_unless_the_example_is_short(
     objective = token_reference(n=1).prepare(model)
     objective.losses(model, [0])  # fill the cache of base losses
     calls.clear()
-    ReferencePass(model, space, ()).run(objective, [0], space.zeros())
+    reference = ReferencePass(model, space, ())
+    reference.training_tokens = training
+    reference.run(objective, [0], space.zeros())
     assert len(calls) == forwards
     assert layer.training
 

@@ -112,6 +112,7 @@ def test_optimizers_in_every_precision(tiny_peft, residuals, name, precision):
     cast = ogpsa.estimator.passes.autocast
     assert cast.enabled is (expected is not None)
     assert expected is None or cast.dtype == expected
+    assert ogpsa.estimator.passes.training_tokens == 4 * 16
 
 
 # ------------------------------------------------------------------ adapter types
