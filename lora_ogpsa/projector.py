@@ -17,6 +17,7 @@ from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.emphasis import FirstTokenEmphasis
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.estimator import Estimator, Refreshed
+from lora_ogpsa.input_gradients import NoInputGradients
 from lora_ogpsa.metric import InverseMetric
 from lora_ogpsa.optimizers import check_optimizer, unwrap_optimizer
 from lora_ogpsa.processes import first_process_first
@@ -158,6 +159,9 @@ class OGPSA:
                 self._watch_forward
             ),
         ]
+        # Where processes gather weights together, every layer's backward belongs to it.
+        if not self.space.sharded:
+            self._handles.append(NoInputGradients(self.model))
         if self.config.penalty is None:
             self._handles.append(
                 self.model.register_forward_pre_hook(self._watch_labels, with_kwargs=True)
