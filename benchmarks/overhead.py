@@ -120,13 +120,14 @@ def contrast_model(options: argparse.Namespace) -> tuple[Any, float]:
             for name in ("general", "lookalike")
         ]
     objectives = [r.prepare(model, tokenizer, cache=cache_dir()) for r in references]
-    device = torch.device(options.device)
-    common.synchronise(device)
-    began = time.perf_counter()
-    model = get_contrast_model(model, prompts, objectives, settings, processing_class=tokenizer)
-    common.synchronise(device)
-    taken = time.perf_counter() - began
-    return common.as_after_some_training(model), taken
+    adapted: list[Any] = []
+    taken = common.seconds(
+        lambda: adapted.append(
+            get_contrast_model(model, prompts, objectives, settings, processing_class=tokenizer)
+        ),
+        torch.device(options.device),
+    )
+    return common.as_after_some_training(adapted[0]), taken
 
 
 class Loop:
