@@ -12,6 +12,7 @@ the device: none waits for the host.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -65,8 +66,8 @@ def solve_inequalities(gram: Tensor, residual: Tensor) -> Tensor:
     k = gram.shape[-1]
     if k > MAX_INEQUALITIES:
         raise ConfigError(
-            f"One-sided constraints take at most {MAX_INEQUALITIES} mean rows (one per reference, "
-            f"and one more for each with `first_tokens` rows). Found {k}: use fewer references."
+            f"One-sided constraints take at most {MAX_INEQUALITIES} mean rows, one per reference. "
+            f"Found {k}: use fewer references."
         )
     q, r = gram.double(), residual.double()
     # Rows may differ by orders of magnitude; in units of their own length they do not.
@@ -74,9 +75,7 @@ def solve_inequalities(gram: Tensor, residual: Tensor) -> Tensor:
     unit = torch.where(length > 0, 1 / length, torch.zeros_like(length))
     q = q * unit.unsqueeze(-1) * unit.unsqueeze(-2)
     r = r * unit
-    supports = torch.tensor(
-        list(itertools.product((0.0, 1.0), repeat=k)), device=q.device, dtype=q.dtype
-    )  # [2^k, k]
+    supports = _supports(k, q.device)
     inside = supports.unsqueeze(-1) * supports.unsqueeze(-2)
     outside = torch.diag_embed(1.0 - supports)
     # Parallel rows leave a support singular; a ridge far below the data picks one solution.
@@ -92,6 +91,13 @@ def solve_inequalities(gram: Tensor, residual: Tensor) -> Tensor:
     best = objective.argmin(-1, keepdim=True).unsqueeze(-1)
     chosen = lam.gather(-2, best.expand(*best.shape[:-1], k)).squeeze(-2)
     return chosen * unit
+
+
+@functools.lru_cache(maxsize=MAX_INEQUALITIES)
+def _supports(k: int, device: torch.device) -> Tensor:
+    """All supports of k multipliers [2^k, k], float64; kept, or each step would wait for a copy."""
+    combinations = list(itertools.product((0.0, 1.0), repeat=k))
+    return torch.tensor(combinations, device=device, dtype=torch.float64)
 
 
 def halfspace_correction(
@@ -196,7 +202,9 @@ def _products(
             squared += delta @ delta
         else:
             gram += thin_product(c * inverse_metric[part], c)
-            squared += delta @ (delta / inverse_metric[part])
+            weight = inverse_metric[part]
+            # Where the learning rate is zero M is infinite, and nothing moves.
+            squared += delta @ torch.where(weight > 0, delta / weight, 0.0)
         residual += c @ delta
     return gram, residual, squared
 

@@ -194,6 +194,21 @@ def test_losses_measured_after_the_step_are_no_worse_than_before_it(k, seed, cap
     assert (rows @ (step + fix) <= allowed + 1e-4 * step.norm() * rows.norm(dim=-1)).all()
 
 
+def test_what_has_no_learning_rate_has_no_part_in_the_correction():
+    generator = torch.Generator().manual_seed(5)
+    rows, step = torch.randn(2, 12, generator=generator), torch.randn(12, generator=generator)
+    weights = torch.rand(12, generator=generator) + 0.5
+    moved = torch.arange(12) < 7
+    step[~moved] = 0.0
+    slack = torch.tensor([0.01, -0.4])
+    found = budget_correction(rows, step, slack, weights * moved, recovery=0.5, max_correction=0.2)
+    expected = budget_correction(
+        rows[:, moved], step[moved], slack, weights[moved], recovery=0.5, max_correction=0.2
+    )
+    torch.testing.assert_close(found[moved], expected)
+    assert not found[~moved].any()
+
+
 def test_budget_equals_halfspace_where_nothing_is_left_or_overdrawn():
     rows, step, weights = torch.randn(3, 25), torch.randn(25), torch.rand(25) + 0.1
     fix = budget_correction(rows, step, torch.zeros(3), weights, recovery=0.3, max_correction=3.0)
