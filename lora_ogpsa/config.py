@@ -111,7 +111,7 @@ class OGPSAConfig:
             streaming, 0 (start over) at intervals.
         adaptive_threshold: at an interval refresh, first probe with one reference micro-batch;
             keep the basis if it captures at least this share of the probe's energy.
-        rank: most basis rows per block, :math:`k`.
+        rank: most basis rows per block, :math:`k`. Default: 8.
         energy: take the fewest rows, up to ``rank``, that capture this share of the reference
             energy. ``None`` takes ``rank`` rows wherever the references span them.
         sketch_size: rows :math:`\ell` of each Frequent Directions sketch. Default: twice
@@ -119,8 +119,8 @@ class OGPSAConfig:
         rows: what the basis is made of: ``"examples"`` (per-example gradients, and the data-set
             means) or ``"means"`` (the means alone).
         basis_dtype: dtype the basis is stored in; ``"int8"`` is 8-bit blocks with a scale each.
-            Lower precision costs no exactness: the projection is orthogonal to the rows as
-            stored.
+            Default: bfloat16. Lower precision costs no exactness: the projection is orthogonal to
+            the rows as stored.
         offload: keep the bases and sketches of ``constraint="orthogonal"`` in host memory and
             stream the bases to the device at each step.
         budget: :math:`\tau`, nats per token by which a reference loss may exceed the base
@@ -164,11 +164,11 @@ class OGPSAConfig:
     early_refreshes: tuple[int, ...] = (1, 2, 4, 8)
     decay: float | None = None
     adaptive_threshold: float | None = None
-    rank: int = 8
+    rank: int | None = None
     energy: float | None = None
     sketch_size: int | None = None
     rows: Rows = "examples"
-    basis_dtype: BasisDtype = "bfloat16"
+    basis_dtype: BasisDtype | None = None
     offload: bool = False
     budget: float = 0.2
     recovery: float = 1.0
@@ -296,6 +296,10 @@ class OGPSAConfig:
             self._set("references_per_refresh", 3 if streaming else 16)
         if self.decay is None:
             self._set("decay", 0.8 if streaming else 0.0)
+        if self.rank is None:
+            self._set("rank", 8)
+        if self.basis_dtype is None:
+            self._set("basis_dtype", "bfloat16")
         if self.sketch_size is None:
             self._set("sketch_size", 2 * self.rank if isinstance(self.rank, int) else None)
         if self.penalty is None and (self.constraint != "budget" or self.space == "gradient"):
@@ -360,6 +364,7 @@ class OGPSAConfig:
 
     def _check_contradictions(self) -> None:
         problems = []
+        assert self.rank is not None
         if self.sketch_size is not None and self.sketch_size < self.rank:
             problems.append(
                 f"`sketch_size={self.sketch_size}` cannot hold `rank={self.rank}` directions; "

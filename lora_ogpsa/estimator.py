@@ -84,6 +84,7 @@ class Estimator:
         self.subspace: Subspace | None = None
         self.sketches: list[FrequentDirections] | None = None
         if config.constraint == "orthogonal":
+            assert config.rank is not None and config.basis_dtype is not None
             self.subspace = Subspace(
                 self.slabs,
                 config.rank,
@@ -306,7 +307,7 @@ def _check_count(count: int, config: OGPSAConfig) -> None:
             f"`constraint='{config.constraint}'` takes at most {MAX_INEQUALITIES} references. "
             f"Found {count}."
         )
-    if config.constraint == "orthogonal" and count > config.rank:
+    if config.constraint == "orthogonal" and count > (config.rank or 0):
         raise ConfigError(
             f"`rank={config.rank}` cannot hold the mean rows of {count} references. Raise `rank`, "
             "or use fewer references."

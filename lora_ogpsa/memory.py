@@ -186,6 +186,7 @@ def ogpsa_bytes(config: OGPSAConfig, references: int, d: int) -> float:
     """
     vectors, step, sketch, bases = 0 if config.mean_rows_idle else references, 4, 0, 0.0
     if config.constraint == "orthogonal" and not config.offload:
+        assert config.rank is not None and config.basis_dtype is not None
         bases = config.rank * d * _BASIS_BYTES[config.basis_dtype]
         sketch = config.sketch_rows
     # Sketches that start over are gone when a step needs its memory.

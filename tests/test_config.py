@@ -55,6 +55,12 @@ def test_paper_preset_lets_the_cost_be_changed_but_not_the_rule():
         OGPSAConfig(preset="paper", constraint="halfspace")
 
 
+def test_paper_preset_leaves_the_usual_rank_and_precision_to_who_asks_for_them():
+    usual = OGPSAConfig()
+    given = OGPSAConfig(preset="paper", rank=usual.rank, basis_dtype=usual.basis_dtype)
+    assert (given.rank, given.basis_dtype) == (8, "bfloat16")
+
+
 @pytest.mark.parametrize(
     "config", [OGPSAConfig(), OGPSAConfig(preset="paper"), OGPSAConfig(constraint="halfspace")]
 )
