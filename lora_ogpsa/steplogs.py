@@ -32,13 +32,14 @@ class StepLogs:
     """Running sums on the device; nothing waits until they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[Tensor]] = {}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._seconds = 0.0
         self._layers: _Layers | None = None
         self._by_layer: list[Tensor] = []
 
     def _add(self, name: str, value: Tensor) -> None:
-        self._sums.setdefault(name, []).append(value.detach())
+        total, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (total + value.detach().float(), count + 1)
 
     def watch_layers(self, space: AdapterSpace) -> None:
         """From now on, also keep the removed energy of every layer, until `pop_layers`."""
@@ -63,10 +64,7 @@ class StepLogs:
 
     def pop(self) -> dict[str, float]:
         """Averages since the last call (seconds: the sum); waits for the device."""
-        logs = {
-            name: float(torch.stack([v.float() for v in values]).mean())
-            for name, values in self._sums.items()
-        }
+        logs = {name: float(total) / count for name, (total, count) in self._sums.items()}
         if self._seconds:
             logs["refresh_seconds"] = self._seconds
         self._sums, self._seconds = {}, 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export.folder import staged_file
@@ -11,9 +10,6 @@ from lora_ogpsa.export.gguf_model import GgufNames
 from lora_ogpsa.export.merge import load_config
 from lora_ogpsa.export.skeleton import AdaptedSkeleton
 from lora_ogpsa.export.sources import resolve_adapters, resolve_base
-
-if TYPE_CHECKING:
-    pass
 
 TYPES = ("f32", "f16")
 
