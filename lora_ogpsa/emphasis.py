@@ -13,6 +13,9 @@ from lora_ogpsa.chat import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
+# What the model is called with that says where answers begin.
+_READ = ("labels", "attention_mask", "position_ids")
+
 
 class FirstTokenEmphasis:
     r"""Mixes the mean loss of the first answer tokens into the gradient of the training loss.
@@ -29,11 +32,12 @@ class FirstTokenEmphasis:
     The loss of a token depends on the decoder's output at one position, so the gradient there is
     scaled, which is the same as weighing the loss, in any trainer; the reported loss stays what it
     is. Which tokens come first is read off the ``labels`` that the model is called with: a label
-    that is learned after one that is not. Forward passes without labels, without gradients, or in
-    evaluation mode are left alone; so are labels that cover the prompts as well. Labels do not say
-    what becomes of the log-probabilities: of preference losses that call the model with labels, as
-    TRL's do, `OGPSACallback` keeps the emphasis away, unless likelihood is a part of them. There
-    it acts on both answers of a pair and on every part of the loss.
+    that is learned after one that is not, unless that is padding or begins a sequence. Forward
+    passes without labels, without gradients, or in evaluation mode are left alone; so are labels
+    that cover the prompts as well. Labels do not say what becomes of the log-probabilities: of
+    preference losses that call the model with labels, as TRL's do, `OGPSACallback` keeps the
+    emphasis away, unless likelihood is a part of them. There it acts on both answers of a pair and
+    on every part of the loss.
 
     Args:
         model: the model as it is called in training, a PEFT model as a rule.
@@ -42,7 +46,7 @@ class FirstTokenEmphasis:
 
     def __init__(self, model: nn.Module, share: float) -> None:
         self.share = share
-        self._labels: Tensor | None = None
+        self._inputs: dict[str, Any] = {}
         self._checked = False
         self._handles: list[Any] = []
         base = base_of(model)
@@ -61,14 +65,14 @@ class FirstTokenEmphasis:
         self._handles = []
 
     def _note_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._labels = kwargs.get("labels") if module.training else None
+        self._inputs = {k: kwargs.get(k) for k in _READ} if module.training else {}
 
     def _weigh(self, module: nn.Module, args: Any, output: Any) -> None:
-        labels, self._labels = self._labels, None
-        hidden = output[0]
+        inputs, self._inputs = self._inputs, {}
+        labels, hidden = inputs.pop("labels", None), output[0]
         if labels is None or not hidden.requires_grad or hidden.shape[:2] != labels.shape:
             return
-        weights = token_weights(labels, self.share)
+        weights = token_weights(labels, self.share, may_end_prompt(labels, **inputs))
         if not self._checked:
             self._checked = True
             if bool((weights == 1).all()):
@@ -82,13 +86,39 @@ class FirstTokenEmphasis:
         hidden.register_hook(lambda grad: grad * weights.unsqueeze(-1).to(grad))
 
 
-def token_weights(labels: Tensor, share: float) -> Tensor:
+def may_end_prompt(labels: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:
+    """Which positions may be the last of a prompt, by what the model is called with.
+
+    Not padding, and not the first token of a sequence: nothing is asked by one token, and TRL
+    masks it in packed sequences, whether it is of a prompt or not.
+
+    Args:
+        labels: [B, T].
+        attention_mask: [B, T]; of another kind or shape it says nothing here.
+        position_ids: [B, T], likewise.
+
+    Returns:
+        [B, T], bool.
+    """
+    possible = torch.ones_like(labels, dtype=torch.bool)
+    starts = torch.zeros_like(labels[:, :1])
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
+        possible = attention_mask.bool()
+        starts = possible.long().argmax(-1, keepdim=True)
+    if isinstance(position_ids, Tensor) and position_ids.shape == labels.shape:
+        return possible & (position_ids != 0)
+    return possible.scatter(1, starts, False)
+
+
+def token_weights(labels: Tensor, share: float, prompt: Tensor | None = None) -> Tensor:
     """How much the loss read off each position counts under a share of the first tokens.
 
     Args:
         labels: [B, T], the label of each position, -100 where nothing is learned; the position
             before it predicts it.
         share: of the first tokens, s.
+        prompt: [B, T], which positions may be a prompt's last; ``None`` means all that are not
+            learned.
 
     Returns:
         [B, T], float32: 1 - s, and s × (answer tokens / first tokens) more where the next token is
@@ -97,6 +127,8 @@ def token_weights(labels: Tensor, share: float) -> Tensor:
     learned = labels != IGNORE_INDEX
     first = torch.zeros_like(learned)
     first[:, :-1] = learned[:, 1:] & ~learned[:, :-1]
+    if prompt is not None:
+        first &= prompt
     count = first.sum()
     answers = learned[:, 1:].sum()
     weights = (1 - share) + first * (share * answers / count.clamp_min(1))

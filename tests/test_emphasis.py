@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_ogpsa import OGPSA, OGPSACallback, OGPSAConfig
-from lora_ogpsa.emphasis import FirstTokenEmphasis, token_weights
+from lora_ogpsa.emphasis import FirstTokenEmphasis, may_end_prompt, token_weights
 
 SHARE = 0.4
 
@@ -97,6 +97,34 @@ def test_weights_keep_the_shares(masks, data):
     answers = predicts.sum()
     assert weights[predicts].sum() / answers == pytest.approx(1.0, abs=1e-5)
     assert (weights[first] - (1 - share)).sum() / answers == pytest.approx(share, abs=1e-5)
+
+
+def test_masked_starts_of_packed_sequences_are_no_prompts():
+    # As TRL collates packed rows: position 0 of each is masked, whatever it is a part of.
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    labels = torch.full((1, 10), 5)
+    labels[positions == 0] = -100
+    whole = _weights(labels, position_ids=positions)
+    assert (whole == 1).all()
+    labels[:, 4:7] = -100  # a prompt of three tokens in the second
+    assert _weights(labels, position_ids=positions)[0].argmax() == 6
+    assert (_weights(labels, position_ids=positions)[0, :6] < 1).all()
+
+
+def test_padding_before_a_sequence_is_no_prompt():
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    covered = torch.where(mask.bool(), 5, -100)
+    assert (_weights(covered, attention_mask=mask) == 1).all()
+    answered = covered.clone()
+    answered[0, :5] = -100
+    answered[1, :2] = -100
+    weights = _weights(answered, attention_mask=mask)
+    assert weights[0].argmax() == 4
+    assert weights[1].argmax() == 1
+
+
+def _weights(labels, **inputs):
+    return token_weights(labels, SHARE, may_end_prompt(labels, **inputs))
 
 
 def test_labels_that_cover_the_prompts_are_reported(tiny_peft, caplog):
