@@ -187,7 +187,7 @@ class AdapterSpace:
             if not parameter.requires_grad:
                 raise AdapterError(
                     f"LoRA parameter `{name}` was trainable when OGPSA was attached and is frozen "
-                    "now. Freeze before attaching, or detach and attach again."
+                    "now. Freeze before that, or detach it and create a new OGPSA."
                 )
             bound.append(parameter)
         self.parameters = bound

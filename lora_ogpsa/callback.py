@@ -11,10 +11,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_ogpsa.config import OGPSAConfig, has_likelihood
-from lora_ogpsa.errors import ProjectionError
+from lora_ogpsa.errors import ProjectionError, StateError
 from lora_ogpsa.models import cache_dir
+from lora_ogpsa.processes import alike
 from lora_ogpsa.projector import OGPSA
-from lora_ogpsa.reference import Reference
+from lora_ogpsa.reference import Objective, Reference
 from lora_ogpsa.state import has_state
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,13 @@ class OGPSACallback(TrainerCallback):
     display do). :meth:`attach` puts it first.
 
     The hooks are registered when training begins and removed when it ends, so the callback may
-    be constructed at any time, and used for several runs in a row.
+    be constructed at any time, and used for several runs in a row. A run that stops in an error
+    or is interrupted leaves them on the model; ``callback.ogpsa.detach()`` removes them then.
 
     Args:
         config: the settings; ``None`` takes the defaults.
-        references: what must not get worse; ``None`` takes the embedded harmless prompts.
+        references: what must not get worse, prepared or not; ``None`` takes the embedded harmless
+            prompts.
         cache: folder for the base model's answers; ``None`` takes the user's cache.
         resume_from_checkpoint: the checkpoint to go on from, if it is not
             ``output_dir/checkpoint-<step>``.
@@ -47,7 +50,7 @@ class OGPSACallback(TrainerCallback):
     def __init__(
         self,
         config: OGPSAConfig | None = None,
-        references: Sequence[Reference] | None = None,
+        references: Sequence[Reference | Objective] | None = None,
         *,
         cache: Path | None = None,
         resume_from_checkpoint: str | Path | None = None,
@@ -58,6 +61,7 @@ class OGPSACallback(TrainerCallback):
         self.resume_from_checkpoint = resume_from_checkpoint and Path(resume_from_checkpoint)
         #: The running projector, from the beginning of training on.
         self.ogpsa: OGPSA | None = None
+        self._checked = False
 
     def attach(self, trainer: Any) -> OGPSACallback:
         """Put the callback in front of `trainer`'s own, so that `report_to` sees its numbers.
@@ -80,6 +84,7 @@ class OGPSACallback(TrainerCallback):
     ) -> None:
         """Prepare the references and register the hooks."""
         _check_arguments(args)
+        self._checked = False
         if self.ogpsa is not None:
             self.ogpsa.detach()
         self.ogpsa = OGPSA(
@@ -100,13 +105,16 @@ class OGPSACallback(TrainerCallback):
         likelihood = has_likelihood(getattr(args, "loss_type", None))
         return self.config.acting(preferences=True, likelihood=likelihood)
 
-    def _references(self, args: TrainingArguments) -> list[Reference] | None:
+    def _references(self, args: TrainingArguments) -> list[Reference | Objective] | None:
         """The references, with the trainer's own `beta` in preference losses that name none."""
         beta = getattr(args, "beta", None)
-        if self.references is None or beta is None:
+        # Some trainers' is not that of a preference loss, and may be zero.
+        if self.references is None or not beta:
             return self.references
         return [
-            replace(r, beta=beta) if r.loss == "dpo" and r.beta is None else r
+            replace(r, beta=beta)
+            if isinstance(r, Reference) and r.loss == "dpo" and r.beta is None
+            else r
             for r in self.references
         ]
 
@@ -114,7 +122,14 @@ class OGPSACallback(TrainerCallback):
         """Go on from the state beside the checkpoint that the Trainer has just loaded."""
         assert self.ogpsa is not None
         folder = self.resume_from_checkpoint or Path(args.output_dir) / f"checkpoint-{step}"
-        if not has_state(folder):
+        found = has_state(folder)
+        if not alike(found, self.ogpsa.space.device):
+            raise StateError(
+                f"Some processes find the OGPSA state in {folder} and some do not: they would "
+                "train on different references. Put the checkpoints on a disk that all machines "
+                "share, or train with `save_on_each_node=True`."
+            )
+        if not found:
             logger.warning(
                 "The Trainer resumes at step %d, but there is no OGPSA state in %s: the reference "
                 "gradients are estimated anew, so the run is protected but not bit for bit the "
@@ -127,11 +142,28 @@ class OGPSACallback(TrainerCallback):
             return
         self.ogpsa.load(folder)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say after the first step what the training loss leaves idle."""
+        if self._checked or self.ogpsa is None:
+            return
+        self._checked = True
+        config = self.ogpsa.config
+        if self.ogpsa.saw_labels is False and (config.penalty is None or config.first_token_weight):
+            logger.warning(
+                "The training loss is not one on labels in the model's call (TRL and transformers "
+                "take them out for `label_smoothing_factor` and `compute_loss_func`): "
+                "`first_token_weight` does nothing then, nor does a `penalty` that is not given. "
+                "Harmful prompts and harmless look-alikes will be told apart less well. Give "
+                "`penalty`, and `first_token_weight=0` if that is wanted."
+            )
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the state beside the Trainer's own checkpoint."""
-        if self.ogpsa is not None and state.is_world_process_zero:
+        if self.ogpsa is not None and args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if folder.is_dir():
                 self.ogpsa.save(folder)

@@ -13,6 +13,7 @@ from lora_ogpsa.adapters import AdapterSpace
 from lora_ogpsa.basis import thin_product
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.errors import ConfigError, ReferenceLossError
+from lora_ogpsa.full_precision import full_precision
 from lora_ogpsa.passes import ReferencePass
 from lora_ogpsa.processes import failing_together, gather_rows, sum_over_processes, world
 from lora_ogpsa.reference import Objective
@@ -170,7 +171,8 @@ class Estimator:
         with failing_together(self.space.device):
             # One example is too few to split: every process takes the same.
             self._differentiate(index, self._draw(index, 1), probe, None)
-        captured = self.subspace.captured_energy(probe)
+        with full_precision():
+            captured = self.subspace.captured_energy(probe)
         seen.captured.append(captured)
         return bool(captured >= threshold)
 
@@ -221,6 +223,7 @@ class Estimator:
         self.excess[index].lerp_(excess, share)
         self.measured[index] = True
 
+    @full_precision()
     def _captured(self, fresh: Tensor) -> Tensor | None:
         """Share of the energy of `fresh` [d] held by what was known before."""
         if self.subspace is not None:
@@ -233,6 +236,7 @@ class Estimator:
         length = torch.linalg.vector_norm(fresh, dtype=torch.float64)
         return (inside @ solution) / length.square().clamp_min(torch.finfo(torch.float64).tiny)
 
+    @full_precision()
     def _update_basis(self) -> None:
         if self.subspace is None:
             return

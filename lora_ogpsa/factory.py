@@ -37,6 +37,7 @@ def create_ogpsa_optimizer(
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        optimizer.ogpsa.detach()
 
     .. warning::
         Call it after the model is on its device and in its final form. For an optimizer with

@@ -42,6 +42,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([h[:, : int(n)] for h, n in zip(held, counts, strict=True)], dim=1)
 
 
+def alike(flag: bool, device: torch.device) -> bool:
+    """Whether all processes hold the same `flag`."""
+    count = sum_over_processes(torch.tensor([float(flag)], device=device))
+    return float(count) in (0.0, float(world()[1]))
+
+
 @contextmanager
 def failing_together(device: torch.device) -> Iterator[None]:
     """Within the context, an error on one process stops all of them, instead of hanging them.

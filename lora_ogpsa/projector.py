@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from lora_ogpsa import safeguards
 from lora_ogpsa.adapters import AdapterSpace
+from lora_ogpsa.answers import base_of
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.emphasis import FirstTokenEmphasis
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.estimator import Estimator, Refreshed
+from lora_ogpsa.full_precision import full_precision
 from lora_ogpsa.input_gradients import NoInputGradients
 from lora_ogpsa.metric import InverseMetric
 from lora_ogpsa.optimizers import check_optimizer, unwrap_optimizer
@@ -32,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 # How much a new step counts in the running length of a typical step.
 _TYPICAL_SHARE = 0.1
+
+# Whose hooks are on which base model. They would act twice as strongly beside those of another.
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[OGPSA]] = weakref.WeakKeyDictionary()
 
 
 class OGPSA:
@@ -64,7 +70,7 @@ class OGPSA:
         cache: folder in which the base model's answers are kept; ``None`` keeps none.
 
     Raises:
-        AdapterError: the model has no trainable LoRA parameter.
+        AdapterError: the model is no PEFT model, or has no trainable LoRA parameter.
         ProjectionError: the optimizer does not hold the adapter's parameters, or is of a kind
             whose steps cannot be constrained.
         ConfigError: the references and the settings do not go together.
@@ -83,6 +89,8 @@ class OGPSA:
         self.config = config or OGPSAConfig()
         self.model = model
         self.optimizer = unwrap_optimizer(optimizer)
+        safeguards.check_model(model)
+        self._base = base_of(model)
         self.space = AdapterSpace.from_model(model)
         check_optimizer(self.optimizer)
         check_sharding(model, self.space.parameters)
@@ -119,6 +127,9 @@ class OGPSA:
             ],
             device=self.space.device,
         )
+        self._shares = torch.tensor(
+            [o.reference.share for o in objectives], device=self.space.device
+        )
         #: Optimizer steps taken so far.
         self.steps = 0
         # The parameters before a step; only within one, when a training pass's memory is free.
@@ -128,7 +139,8 @@ class OGPSA:
         self._skipped = False
         self._armed = False
         self._nested = False
-        self._labels = False
+        #: Whether the last training pass got labels; ``None`` before there was one.
+        self.saw_labels: bool | None = None
         #: Running sums of what happens in steps and refreshes.
         self.logs = StepLogs()
         self._handles: list[Any] = []
@@ -148,9 +160,21 @@ class OGPSA:
     # ------------------------------------------------------------------ life
 
     def attach(self) -> None:
-        """Register the hooks; done on construction."""
+        """Register the hooks; done on construction.
+
+        Those of another OGPSA on this model, of an earlier stage or of a run that was interrupted,
+        are removed.
+        """
         if self._handles:
             return
+        other = _attached.get(self._base, lambda: None)()
+        if other is not None:
+            logger.warning(
+                "Another OGPSA was still attached to this model and has been detached: steps of "
+                "its optimizer are not protected any more. Call `detach()` at the end of a stage."
+            )
+            other.detach()
+        _attached[self._base] = weakref.ref(self)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -162,7 +186,7 @@ class OGPSA:
         # Where processes gather weights together, every layer's backward belongs to it.
         if not self.space.sharded:
             self._handles.append(NoInputGradients(self.model))
-        if self.config.penalty is None:
+        if self.config.penalty is None or self.config.first_token_weight:
             self._handles.append(
                 self.model.register_forward_pre_hook(self._watch_labels, with_kwargs=True)
             )
@@ -174,6 +198,8 @@ class OGPSA:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if _attached.get(self._base, lambda: None)() is self:
+            del _attached[self._base]
 
     def __enter__(self) -> OGPSA:
         return self
@@ -198,7 +224,7 @@ class OGPSA:
     def _watch_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note whether the training loss can be one on labels."""
         if module.training and torch.is_grad_enabled():
-            self._labels = kwargs.get("labels") is not None
+            self.saw_labels = kwargs.get("labels") is not None
 
     @torch.no_grad()
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -219,7 +245,7 @@ class OGPSA:
         if not self._nested and not self._refreshes_after and self.is_refresh_due():
             self.refresh()
         self._armed = True
-        penalty = self.config.penalty_on(labels=self._labels)
+        penalty = self.config.penalty_on(labels=bool(self.saw_labels))
         if penalty and not self._nested:
             self._penalise(optimizer, penalty)
         if self.config.space == "gradient":
@@ -261,11 +287,10 @@ class OGPSA:
             self.space.write(before)
             raise
 
+    @full_precision()
     def _penalise(self, optimizer: Any, penalty: float) -> None:
         """Add the reference losses' mean gradient to the training gradient."""
-        shares = torch.tensor([o.reference.share for o in self.estimator.objectives])
-        weights = penalty * shares / shares.sum()
-        flat = weights.to(self.space.device) @ self.estimator.means
+        flat = (penalty * self._shares / self._shares.sum()) @ self.estimator.means
         # Under a GradScaler a fused optimizer divides by the scale itself.
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
@@ -275,6 +300,7 @@ class OGPSA:
                 target, value = local_pair(parameter.grad, view)
                 target.add_(value)
 
+    @full_precision()
     def _project_gradients(self) -> None:
         flat = self.space.zeros()
         views = self.space.views(flat)
@@ -292,6 +318,7 @@ class OGPSA:
                 target, value = local_pair(grad, view)
                 target.copy_(value)
 
+    @full_precision()
     def _project_update(self, flat: Tensor) -> None:
         views = self.space.views(flat)
         now = self.space.values()
@@ -302,7 +329,9 @@ class OGPSA:
         weights = self.metric.update() if self.metric is not None else None
         if not self._moved:
             self._moved = safeguards.check_movement(self.space, self.optimizer, step)
-        self._typical.lerp_(step.norm(), 1.0 if self.steps == 0 else _TYPICAL_SHARE)
+        length = step.norm()
+        seen = self._typical > 0
+        self._typical.lerp_(length, torch.where(seen, _TYPICAL_SHARE, 1.0))
         fix = self._correction(step, weights)
         self.logs.removed(fix, step)
         self.space.add(fix)
@@ -337,6 +366,8 @@ class OGPSA:
 
     def is_refresh_due(self) -> bool:
         """Whether the coming optimizer step refreshes the reference gradients first."""
+        if not any(self.estimator.mass):
+            return True  # nothing is protected yet, in a run resumed without its state too
         every = self.config.refresh_every or 1
         early = self.config.refresh == "interval" and self.steps in self.config.early_refreshes
         return early or self.steps % every == 0
@@ -351,6 +382,7 @@ class OGPSA:
         self.logs.refreshed(seen, time.perf_counter() - began)
         return seen
 
+    @full_precision()
     def _restore(self) -> None:
         """A step back towards the base model's reference losses (DESIGN §7)."""
         weights = self.metric.latest if self.metric is not None else None
@@ -411,7 +443,7 @@ class OGPSA:
     # ------------------------------------------------------------------ reporting
 
     def pop_logs(self) -> dict[str, float]:
-        """What happened since the last call, averaged; the only place that waits for the device.
+        """What happened since the last call, averaged; waits for the device.
 
         Keys: ``removed_energy`` (share of the step's energy that the correction changed),
         ``captured_energy``, ``refresh_seconds`` (sum), and per reference ``loss/<name>`` and

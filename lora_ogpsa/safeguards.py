@@ -14,12 +14,34 @@ from torch import Tensor
 
 from lora_ogpsa.adapters import AdapterSpace
 from lora_ogpsa.config import OGPSAConfig
-from lora_ogpsa.errors import ConfigError, ProjectionError
+from lora_ogpsa.errors import AdapterError, ConfigError, ProjectionError
 from lora_ogpsa.initialisation import base_is_kept
 from lora_ogpsa.reference import Objective, Reference
 from lora_ogpsa.sharding import whole
 
 logger = logging.getLogger(__name__)
+
+
+def check_model(model: Any) -> None:
+    """The model must be PEFT's own, whose adapters can be switched off: the base is measured so.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    if hasattr(model, "disable_adapter"):
+        return
+    kind = type(model).__name__
+    if hasattr(model, "module"):
+        way_out = (
+            f"`{kind}` wraps one: pass the model inside, `accelerator.unwrap_model(model)` or "
+            "`model.module`, whose parameters are the same."
+        )
+    else:
+        way_out = (
+            "Wrap the model with `peft.get_peft_model`; adapters that were put into it otherwise "
+            "(`model.add_adapter`, `inject_adapter_in_model`) are not supported."
+        )
+    raise AdapterError(f"OGPSA needs a `PeftModel`. Found `{kind}`. {way_out}")
 
 
 def refuse_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -44,8 +66,8 @@ def check_held(space: AdapterSpace, optimizer: Any) -> None:
             )
         if not parameter.requires_grad:
             raise ProjectionError(
-                f"`{name}` was frozen after OGPSA was attached. Freeze before attaching, or "
-                "detach and attach again."
+                f"`{name}` was frozen after OGPSA was attached. Freeze before that, or detach "
+                "it and create a new OGPSA."
             )
 
 

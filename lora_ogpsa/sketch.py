@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_ogpsa.basis import thin_product
 from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.full_precision import full_precision
 
 # Elements of the wide matrix converted to float64 at a time.
 _CHUNK = 1 << 22
@@ -126,6 +127,7 @@ class FrequentDirections:
         for part in rows.split(self.shape[1] - self.size, dim=1):
             self.reserve(part.shape[1]).copy_(part)
 
+    @full_precision()
     def shrink(self) -> None:
         """Reduce to at most ℓ - 1 non-zero rows (the bound above is kept)."""
         if self.filled < self.size:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ogpsa import OGPSA, OGPSAConfig, Reference
+from lora_ogpsa.processes import alike
 
 CONFIGS = {
     "orthogonal": OGPSAConfig(
@@ -53,6 +54,9 @@ def main(output, constraint, loop="plain"):
         dist.init_process_group("gloo")
     rank = dist.get_rank() if several else 0
     size = dist.get_world_size() if several else 1
+    here = torch.device("cpu")
+    assert alike(True, here)
+    assert alike(rank == 0, here) != several
     model = build()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     if accelerator is not None:

@@ -176,6 +176,55 @@ def test_hooks_are_gone_after_training_and_back_in_the_next_run(tiny_peft, tmp_p
     assert callback.ogpsa.steps == 3
 
 
+def test_a_run_after_an_interrupted_one_is_weighed_once(tiny_peft, tmp_path, caplog):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    def trained(model, *callbacks):
+        trainer = Trainer(
+            model, arguments(tmp_path), train_dataset=token_dataset(), callbacks=[*callbacks]
+        )
+        OGPSACallback(references=token_references()).attach(trainer)
+        trainer.train()
+        return model
+
+    again = tiny_peft(warm=True)
+    with pytest.raises(KeyboardInterrupt):
+        trained(again, Interrupt())
+    trained(again)
+    assert "still attached" in caplog.text
+    for a, b in zip(again.parameters(), trained(tiny_peft(warm=True)).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loss_without_labels_in_the_models_call_is_reported(tiny_peft, tmp_path, caplog):
+    for smoothing, reported in ((0.0, False), (0.1, True)):
+        trainer = Trainer(
+            tiny_peft(warm=True),
+            arguments(tmp_path, label_smoothing_factor=smoothing),
+            train_dataset=token_dataset(),
+        )
+        OGPSACallback(references=token_references()).attach(trainer)
+        trainer.train()
+        assert ("`label_smoothing_factor`" in caplog.text) == reported
+
+
+def test_prepared_references_and_a_beta_of_zero_are_taken(tiny_peft, tmp_path):
+    pair = {"prompt": "p", "chosen": "yes", "rejected": "no"}
+    model = tiny_peft(warm=True)
+    prepared = token_references()[0].prepare(model)
+    preference = Reference("pairs", [pair], loss="dpo")
+    callback = OGPSACallback(references=[prepared, preference])
+    args = arguments(tmp_path)
+    args.beta = 0.0
+    assert callback._references(args) == [prepared, preference]
+    args.beta = 0.3
+    kept, with_beta = callback._references(args)
+    assert kept is prepared
+    assert with_beta.beta == 0.3
+
+
 def test_trainer_with_and_without_an_idle_constraint_are_identical(tiny_peft, tmp_path):
     def trained(protected):
         torch.manual_seed(0)

@@ -4,6 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import schedulefree
 import torch
+from peft import LoraConfig
 from references import token_reference, training_step
 from transformers.optimization import Adafactor
 
@@ -494,7 +495,104 @@ def test_metric_knows_different_learning_rates(tiny_peft):
             torch.testing.assert_close(values[start:end], equal[start:end] * factor)
 
 
+def test_a_group_without_a_learning_rate_stays_and_the_others_are_held(tiny_peft):
+    model = tiny_peft(warm=True)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    still = {n: p.detach().clone() for n, p in named if "lora_A" in n}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named if "lora_A" in n], "lr": 0.0},
+            {"params": [p for n, p in named if "lora_B" in n], "lr": 1e-2},
+        ]
+    )
+    with OGPSA(model, optimizer, two_references(), OGPSAConfig(budget=0.0)) as ogpsa:
+        for step in range(3):
+            training_step(model, step)
+            before = ogpsa.space.read()
+            optimizer.step()
+            optimizer.zero_grad()
+        change = ogpsa.space.read() - before
+        assert torch.isfinite(change).all()
+        assert change.any()
+        rows = ogpsa.estimator.means
+        # No budget is left to the reference that was not measured in this step.
+        (other,) = (~ogpsa.estimator.measured).nonzero()
+        assert rows[other] @ change <= 1e-5 * rows[other].norm() * change.norm()
+    assert all(torch.equal(p, still[n]) for n, p in named if n in still)
+
+
+@pytest.mark.parametrize("config", [orthogonal(), OGPSAConfig(budget=0.0)])
+def test_autocast_and_low_precision_products_around_the_step_change_nothing(tiny_peft, config):
+    def trained(careless):
+        model = tiny_peft(warm=True)
+        optimizer = OPTIMIZERS["adamw_decay"](adapter_parameters(model))
+        with OGPSA(model, optimizer, two_references(), config) as ogpsa:
+            for step in range(3):
+                training_step(model, step)
+                if careless:
+                    # What a CPU has of these: with TF32 they are a GPU's.
+                    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+                with torch.autocast("cpu", torch.bfloat16, enabled=careless):
+                    optimizer.step()
+                assert torch.backends.mkldnn.matmul.fp32_precision == ("bf16" if careless else was)
+                torch.backends.mkldnn.matmul.fp32_precision = was
+                optimizer.zero_grad()
+            return ogpsa.space.read()
+
+    was = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        assert torch.equal(trained(True), trained(False))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = was
+
+
+# ------------------------------------------------------------------ several of them
+
+
+def test_another_ogpsa_on_the_model_takes_the_place_of_the_first(tiny_peft, caplog):
+    def gradients(attachments):
+        model = tiny_peft(warm=True)
+        for _ in range(attachments):
+            optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+            OGPSA(model, optimizer, [token_reference()])
+        ids = torch.arange(3, 19).unsqueeze(0)
+        labels = ids.masked_fill(ids < 9, -100)
+        model(input_ids=ids, labels=labels).loss.backward()
+        return torch.cat([p.grad.flatten() for p in adapter_parameters(model)])
+
+    plain, once = gradients(0), gradients(1)
+    assert not torch.allclose(plain, once), "first tokens are weighed"
+    assert "still attached" not in caplog.text
+    assert torch.equal(gradients(2), once)
+    assert "still attached" in caplog.text
+
+
+def test_a_detached_ogpsa_is_not_in_the_way(tiny_peft, caplog):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+    first = OGPSA(model, optimizer, [token_reference()])
+    first.detach()
+    second = OGPSA(model, optimizer, [token_reference()])
+    first.detach()
+    training_step(model, 0)
+    optimizer.step()
+    assert (first.steps, second.steps) == (0, 1)
+    assert "still attached" not in caplog.text
+
+
 # ------------------------------------------------------------------ failing safe
+
+
+def test_models_that_are_not_pefts_are_refused_with_a_way_out(tiny_peft, tiny_model):
+    model = tiny_peft()
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+    with pytest.raises(AdapterError, match=r"`DataParallel` wraps one.*unwrap_model"):
+        OGPSA(torch.nn.DataParallel(model), optimizer, [token_reference()])
+    own = tiny_model()
+    own.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    optimizer = torch.optim.SGD(adapter_parameters(own), lr=0.1)
+    with pytest.raises(AdapterError, match=r"Found `LlamaForCausalLM`.*get_peft_model"):
+        OGPSA(own, optimizer, [token_reference()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

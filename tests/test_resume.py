@@ -168,6 +168,21 @@ def test_resuming_without_a_state_warns_and_protects(tiny_peft, tmp_path, caplog
     assert all(callback.ogpsa.estimator.mass)
 
 
+@pytest.mark.parametrize("constraint", ["orthogonal", "budget"])
+def test_without_a_state_the_first_step_is_protected_whatever_the_schedule(
+    tiny_peft, tmp_path, constraint
+):
+    config = OGPSAConfig(
+        constraint=constraint, refresh_every=20, references_per_refresh=4, early_refreshes=()
+    )
+    trained(tiny_peft, tmp_path, config, steps=4)
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / STATE_FILE).unlink()
+    _, callback = trained(tiny_peft, tmp_path, config, steps=5, resume=str(checkpoint))
+    assert callback.ogpsa.steps == 5
+    assert any(callback.ogpsa.estimator.mass)
+
+
 def test_killed_while_saving_leaves_the_previous_checkpoint(tmp_path):
     """A real process, killed inside the write of its second state."""
     script = textwrap.dedent(
