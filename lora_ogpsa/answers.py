@@ -10,14 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 # At the top, because importing rich draws from Python's random numbers, which a run must not do.
 from rich.progress import track
-from torch import Tensor
 
-from lora_ogpsa.capture import quiet
 from lora_ogpsa.fingerprints import fingerprint
+from lora_ogpsa.generation import greedy_replies, stop_tokens
 
 
 def base_of(model: Any) -> Any:
@@ -134,9 +131,12 @@ def own_answers(
     todo = sorted(
         (i for i, key in enumerate(keys) if key not in known), key=lambda i: len(prompts[i])
     )
+    stops = stop_tokens(model, tokenizer)
     batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
     for batch in track(batches, description=title, disable=not batches):
-        replies = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+        asked = [prompts[i] for i in batch]
+        with base_mode(model):
+            replies = greedy_replies(model, tokenizer, asked, max_new_tokens, stops)
         fresh = {keys[i]: reply for i, reply in zip(batch, replies, strict=True)}
         known.update(fresh)
         if store is not None:
@@ -179,34 +179,3 @@ class _AnswerFile:
         with self.path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
-
-
-@torch.no_grad()
-def _generate(
-    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
-) -> list[list[int]]:
-    width = max(len(p) for p in prompts)
-    pad = tokenizer.pad_token_id
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    with quiet(model, checkpointing=False), base_mode(model):
-        out: Tensor = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad,
-            use_cache=True,
-        )
-    stops = {tokenizer.eos_token_id}
-    declared = model.generation_config.eos_token_id
-    stops.update(declared if isinstance(declared, list) else [declared])
-    replies = []
-    for row in out[:, width:].tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        replies.append(row[:end])
-    return replies

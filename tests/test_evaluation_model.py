@@ -8,7 +8,7 @@ import torch
 
 from lora_ogpsa.errors import DataError, ModelError
 from lora_ogpsa.evaluation.divergence import divergence
-from lora_ogpsa.evaluation.generate import generate, stop_tokens
+from lora_ogpsa.evaluation.generate import generate
 from lora_ogpsa.evaluation.likelihood import Score, batches, model_inputs, score
 from lora_ogpsa.evaluation.multiple_choice import (
     Question,
@@ -18,6 +18,7 @@ from lora_ogpsa.evaluation.multiple_choice import (
 )
 from lora_ogpsa.evaluation.progress import Progress
 from lora_ogpsa.evaluation.store import Section
+from lora_ogpsa.generation import stop_tokens
 
 QUIET = Progress(False)
 

@@ -1,5 +1,6 @@
 """Reference objectives: their rows, their losses, and the base model's own answers."""
 
+import copy
 import json
 
 import pytest
@@ -217,6 +218,29 @@ def test_answers_are_the_base_models_and_greedy(tiny_peft, tiny_tokenizer):
                 best = int(model.eval()(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
             assert token == best
             ids.append(token)
+
+
+@pytest.mark.parametrize("missing", [["pad_token"], ["pad_token", "eos_token"]])
+def test_a_tokenizer_without_a_pad_token_will_do(tiny_peft, tiny_model, tiny_tokenizer, missing):
+    model = tiny_peft(tiny_model(pad_token_id=None, eos_token_id=None))
+    bare = copy.deepcopy(tiny_tokenizer)
+    for name in missing:
+        setattr(bare, name, None)
+    assert bare.pad_token_id is None
+    rows = [{"prompt": "word " * i} for i in (1, 9, 4)]  # of three lengths: two are padded
+    own = Reference("own", rows, max_new_tokens=4)
+    assert own.prepare(model, bare).sequences == own.prepare(model, tiny_tokenizer).sequences
+
+
+def test_the_models_generation_settings_change_no_answer(tiny_peft, tiny_tokenizer):
+    model = tiny_peft(warm=True)
+    prompts = encoded(tiny_tokenizer)
+    plain = own_answers(model, tiny_tokenizer, prompts, max_new_tokens=6)
+    asked_for = {"do_sample": True, "temperature": 3.0, "num_beams": 2}
+    penalties = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1}
+    for name, value in (asked_for | penalties).items():
+        setattr(model.generation_config, name, value)
+    assert own_answers(model, tiny_tokenizer, prompts, max_new_tokens=6) == plain
 
 
 def test_answers_are_kept_and_not_made_twice(tiny_peft, tiny_tokenizer, tmp_path, monkeypatch):

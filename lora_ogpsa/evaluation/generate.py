@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lora_ogpsa.capture import quiet
 from lora_ogpsa.evaluation.progress import Progress
 from lora_ogpsa.evaluation.store import Section
+from lora_ogpsa.generation import greedy_replies, stop_tokens
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,6 @@ def generate(
     return [_answer(tokenizer, cache[key], stops) for key in keys]
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: what the model declares, and the tokenizer's own."""
-    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = set(declared) if isinstance(declared, list | tuple) else {declared}
-    return {token for token in stops | {tokenizer.eos_token_id} if token is not None}
-
-
-def pad_token(tokenizer: Any) -> int:
-    """A token to fill batches with; it is masked, so any valid one will do."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
-
-
 def precision(model: Any, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast to `dtype` on the model's device, or nothing for ``None``."""
     if dtype is None:
@@ -107,7 +91,6 @@ def _answer(tokenizer: Any, ids: list[int], stops: set[int]) -> Answer:
     return Answer(text, ids, cut=not ids or ids[-1] not in stops)
 
 
-@torch.no_grad()
 def _reply(
     model: Any,
     tokenizer: Any,
@@ -116,32 +99,5 @@ def _reply(
     stops: set[int],
     autocast: torch.dtype | None,
 ) -> list[list[int]]:
-    from transformers import GenerationConfig
-
-    width = max(map(len, prompts))
-    pad = pad_token(tokenizer)
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    # Named even where they are the defaults: what is left unset comes from the model's settings.
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=sorted(stops),
-        return_dict_in_generate=False,
-    )
-    with quiet(model, checkpointing=False), precision(model, autocast):
-        out: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    replies = []
-    for row in out[:, width:].tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        replies.append(row[:end])
-    return replies
+    with precision(model, autocast):
+        return greedy_replies(model, tokenizer, prompts, max_new_tokens, stops)

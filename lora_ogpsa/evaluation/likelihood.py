@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lora_ogpsa.capture import quiet
 from lora_ogpsa.errors import DataError
-from lora_ogpsa.evaluation.generate import pad_token, precision
+from lora_ogpsa.evaluation.generate import precision
 from lora_ogpsa.evaluation.progress import Progress
 from lora_ogpsa.evaluation.store import Section
+from lora_ogpsa.generation import pad_token
 
 Tokens = tuple[list[int], list[int]]
 _ROWS = 256  # positions whose softmax over the vocabulary is held in float32 at a time
