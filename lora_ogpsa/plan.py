@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Where no tokenizer is at hand.
 _CHARACTERS_PER_TOKEN = 4
+_SAMPLED = 200  # texts that a mean length is taken from
 
 
 @dataclass
@@ -153,12 +154,7 @@ def _overhead(
     for reference in references:
         length = reference.max_new_tokens
         if _is_here(str(reference.data)):
-            try:
-                rows = data.load_rows(reference.data, split=reference.split)[:200]
-                texts = [" ".join(t["content"] for t in chat.as_messages(r)[0]) for r in rows]
-                length += _mean_tokens(texts, tokenizer)
-            except DataError as error:
-                raise DataError(f"reference `{reference.name}`: {error}") from error
+            length += _mean_tokens(_prompt_texts(reference), tokenizer)
         else:
             length = reference.max_length
             notes.append(f"{reference.data} is not on this machine; reference lengths are guessed")
@@ -167,11 +163,22 @@ def _overhead(
     return (config.references_per_refresh or 1) * mean / ((config.refresh_every or 1) * trained)
 
 
+def _prompt_texts(reference: Reference) -> list[str]:
+    """The prompts of a reference's first rows."""
+    name = f"reference `{reference.name}`"
+    try:
+        rows = data.load_rows(reference.data, split=reference.split)[:_SAMPLED]
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    chats = [chat.as_messages(r, name=f"{name}, row {n}")[0] for n, r in enumerate(rows, start=1)]
+    return [" ".join(turn["content"] for turn in messages) for messages in chats]
+
+
 def _mean_tokens(texts: list[str], tokenizer: Any | None) -> int:
     if tokenizer is None:
         characters = sum(map(len, texts)) / len(texts)
         return max(1, round(characters / _CHARACTERS_PER_TOKEN))
-    sample = texts[:: max(1, len(texts) // 200)]
+    sample = texts[:: max(1, len(texts) // _SAMPLED)]
     counts = [len(ids) for ids in tokenizer(sample)["input_ids"]]
     return max(1, round(sum(counts) / len(counts)))
 

@@ -119,10 +119,10 @@ class Reference:
         _require_language_model(model, self.name)
         rows = self._rows()
         if self.loss == "dpo":
-            pairs = [self._encode_pair(row, tokenizer) for row in rows]
+            pairs = [self._encode_pair(row, tokenizer, self._place(n)) for n, row in rows]
             return Objective(self, [sequence for pair in pairs for sequence in pair], model)
-        encoded = [self._encode(row, tokenizer) for row in rows]
-        if self.loss in ("kl", "distill") and not self._tokenised(rows[0]):
+        encoded = [self._encode(row, tokenizer, self._place(n)) for n, row in rows]
+        if self.loss in ("kl", "distill") and not self._tokenised(rows[0][1]):
             answers = own_answers(
                 model,
                 self._needed(tokenizer),
@@ -142,29 +142,35 @@ class Reference:
 
     def asks_the_model(self) -> bool:
         """Whether :meth:`prepare` has the base model answer prompts."""
-        return self.loss in ("kl", "distill") and not self._tokenised(self._rows()[0])
+        return self.loss in ("kl", "distill") and not self._tokenised(self._rows()[0][1])
 
     # ------------------------------------------------------------------ rows
 
-    def _rows(self) -> list[Mapping[str, Any]]:
+    def _rows(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """The rows that are used, each with its number in the data, from 1 on."""
         if isinstance(self.data, str | Path):
             rows: Sequence[Mapping[str, Any]] = data.load_rows(self.data, split=self.split)
         else:
             rows = list(self.data)
+        numbered = list(enumerate(rows, start=1))
         if self.kind is not None:
             fields = ("kind", "type", "source")
-            rows = [r for r in rows if self.kind in [r.get(f) for f in fields]]
-        if not rows:
+            numbered = [(n, r) for n, r in numbered if self.kind in [r.get(f) for f in fields]]
+        if not numbered:
             wanted = f" of kind {self.kind!r}" if self.kind is not None else ""
             raise DataError(
                 f"Reference `{self.name}` has no rows{wanted}. An empty reference protects "
                 "nothing: give it data, or remove it."
             )
-        if self.limit is not None and len(rows) > self.limit:
+        if self.limit is not None and len(numbered) > self.limit:
             generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(len(rows), generator=generator).tolist()
-            rows = [rows[i] for i in sorted(order[: self.limit])]
-        return list(rows)
+            order = torch.randperm(len(numbered), generator=generator).tolist()
+            numbered = [numbered[i] for i in sorted(order[: self.limit])]
+        return numbered
+
+    def _place(self, number: int) -> str:
+        """How error messages call a row."""
+        return f"reference `{self.name}`, row {number}"
 
     @staticmethod
     def _tokenised(row: Mapping[str, Any]) -> bool:
@@ -178,33 +184,33 @@ class Reference:
             )
         return tokenizer
 
-    def _encode(self, row: Mapping[str, Any], tokenizer: Any) -> Tokens:
+    def _encode(self, row: Mapping[str, Any], tokenizer: Any, place: str) -> Tokens:
         if self._tokenised(row):
-            return _split_ids(row, self.name)
-        messages, answer = chat.as_messages(row)
+            return _split_ids(row, place)
+        messages, answer = chat.as_messages(row, name=place)
         if self.loss in ("kl", "distill"):
             answer = None
         elif answer is None:
             raise DataError(
-                f"Reference `{self.name}` with `loss='{self.loss}'` needs rows with an answer. "
-                f"Found the fields {sorted(row)}. Use `loss='kl'`, which needs prompts only."
+                f"{place}: `loss='{self.loss}'` needs rows with an answer. Found the fields "
+                f"{sorted(row)}. Use `loss='kl'`, which needs prompts only."
             )
-        return chat.encode(
-            self._needed(tokenizer),
-            messages,
-            answer,
-            max_length=self.max_length,
-            name=f"reference `{self.name}`",
+        return self._tokens(tokenizer, messages, answer, place)
+
+    def _encode_pair(
+        self, row: Mapping[str, Any], tokenizer: Any, place: str
+    ) -> tuple[Tokens, Tokens]:
+        prompt, chosen, rejected = chat.as_preference(row, name=place)
+        return (
+            self._tokens(tokenizer, prompt, chosen, place),
+            self._tokens(tokenizer, prompt, rejected, place),
         )
 
-    def _encode_pair(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[Tokens, Tokens]:
-        prompt, chosen, rejected = chat.as_preference(row)
+    def _tokens(
+        self, tokenizer: Any, messages: list[dict], answer: str | None, place: str
+    ) -> Tokens:
         tokenizer = self._needed(tokenizer)
-        name = f"reference `{self.name}`"
-        return (
-            chat.encode(tokenizer, prompt, chosen, max_length=self.max_length, name=name),
-            chat.encode(tokenizer, prompt, rejected, max_length=self.max_length, name=name),
-        )
+        return chat.encode(tokenizer, messages, answer, max_length=self.max_length, name=place)
 
 
 def default_references() -> list[Reference]:
@@ -378,12 +384,13 @@ def _require_language_model(model: Any, name: str) -> None:
         )
 
 
-def _split_ids(row: Mapping[str, Any], name: str) -> Tokens:
+def _split_ids(row: Mapping[str, Any], place: str) -> Tokens:
     ids = list(row["input_ids"])
     labels = list(row.get("labels", ids))
     if len(labels) != len(ids):
         raise DataError(
-            f"Reference `{name}`: a row has {len(ids)} `input_ids` and {len(labels)} `labels`."
+            f"{place}: there are {len(ids)} `input_ids` and {len(labels)} `labels`, and should be "
+            "as many of the one as of the other."
         )
     start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
     start = max(start, 1)  # the first token has nothing to be predicted from

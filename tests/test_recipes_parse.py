@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from recipes_for_tests import tiny_recipe
+from recipes_for_tests import tiny_recipe, write_rows
 from rich.console import Console
 
 from lora_ogpsa import models
@@ -155,6 +155,15 @@ def test_a_plan_checks_the_rows_that_are_here(tmp_path: Path, tiny_folder: Path)
     missing = {**raw, "dataset_name": str(tmp_path / "gone.jsonl")}
     with pytest.raises(DataError, match="file not found"):
         make_plan(parse_recipe(missing))
+
+
+def test_a_plan_names_the_row_of_a_reference_that_is_none(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    data = write_rows(tmp_path / "own.jsonl", [{"prompt": "Hi"}, {"text": "no fields of ours"}])
+    raw = tiny_recipe(tmp_path, tiny_folder, references=[{"name": "own", "data": data}])
+    with pytest.raises(DataError, match="^reference `own`, row 2: no conversation found"):
+        make_plan(parse_recipe(raw))
 
 
 def test_an_unknown_model_has_a_plan_without_an_estimate(tmp_path: Path, tiny_folder: Path) -> None:

@@ -150,20 +150,34 @@ def test_empty_reference_is_refused(tiny_peft):
 
 
 def test_sft_without_an_answer_is_refused_with_a_way_out(tiny_peft, tiny_tokenizer):
-    with pytest.raises(DataError, match=r"`a`.*needs rows with an answer.*\['prompt'\].*kl"):
-        Reference("a", PROMPTS, loss="sft").prepare(tiny_peft(), tiny_tokenizer)
+    rows = [{**PROMPTS[0], "completion": "an answer"}, *PROMPTS]
+    message = r"`a`, row 2: .*needs rows with an answer.*\['prompt'\].*kl"
+    with pytest.raises(DataError, match=message):
+        Reference("a", rows, loss="sft").prepare(tiny_peft(), tiny_tokenizer)
 
 
 def test_unequal_ids_and_labels_are_refused(tiny_peft):
-    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2]}]
-    with pytest.raises(DataError, match="3 `input_ids` and 2 `labels`"):
+    rows = [*token_rows(1), {"input_ids": [1, 2, 3], "labels": [1, 2]}]
+    with pytest.raises(DataError, match="`a`, row 2: .*3 `input_ids` and 2 `labels`"):
         Reference("a", rows, loss="sft").prepare(tiny_peft())
 
 
 def test_a_prompt_longer_than_the_limit_is_refused(tiny_peft, tiny_tokenizer):
-    rows = [{"prompt": "word " * 200}]
-    with pytest.raises(DataError, match="reference `long`"):
-        Reference("long", rows, max_length=32).prepare(tiny_peft(), tiny_tokenizer)
+    rows = [{"prompt": "word"}, {"prompt": "word " * 200}]
+    with pytest.raises(DataError, match="reference `long`, row 2: the prompt has .* max_length"):
+        Reference("long", rows, max_length=64).prepare(tiny_peft(), tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [("kl", "row 12: no conversation found"), ("dpo", "row 12: no preference pair found")],
+)
+def test_a_bad_row_is_named_as_it_stands_in_the_data(tiny_peft, tiny_tokenizer, loss, message):
+    rows = [{"kind": "other"}] * 10 + [PAIRS[0], {"text": "no fields of ours"}]
+    rows = [{"kind": "mine", **row} for row in rows]  # the first ten are not of the kind
+    reference = Reference("own", rows, loss=loss, kind="mine", limit=2)
+    with pytest.raises(DataError, match=f"^reference `own`, {message}"):
+        reference.prepare(tiny_peft(), tiny_tokenizer)
 
 
 def test_limit_draws_the_same_rows_every_time(tiny_peft):
