@@ -231,12 +231,7 @@ def encode(
         prompt = tokenizer(prompt_text).input_ids  # with the special tokens of a plain document
         if prompt and prompt[-1] == tokenizer.eos_token_id:
             prompt = prompt[:-1]
-    room = max_length - len(prompt)
-    if room < 1:
-        raise DataError(
-            f"{name}: the prompt has {len(prompt)} tokens and max_length is {max_length}, which "
-            "leaves no room for an answer; raise max_length or leave the row out"
-        )
+    room = room_for_answer(prompt, max_length, name)
     if answer is None:
         return prompt, []
     tail = answer + (tokenizer.eos_token or "")
@@ -250,6 +245,26 @@ def encode(
             tail = text[len(prompt_text) :]
     tail_ids = tokenizer(tail, add_special_tokens=False).input_ids
     return prompt, _end_at_eos(tokenizer, tail_ids)[:room]
+
+
+def room_for_answer(prompt: Sequence[int], max_length: int, name: str) -> int:
+    """How many tokens an answer may have after a prompt.
+
+    Args:
+        prompt: its token ids.
+        max_length: most tokens of prompt and answer together.
+        name: how error messages call the row.
+
+    Raises:
+        DataError: none.
+    """
+    room = max_length - len(prompt)
+    if room < 1:
+        raise DataError(
+            f"{name}: the prompt has {len(prompt)} tokens and max_length is {max_length}, which "
+            "leaves no room for an answer; raise max_length or leave the row out"
+        )
+    return room
 
 
 def _render(tokenizer: Any, messages: list[dict], name: str, **options: bool) -> str:

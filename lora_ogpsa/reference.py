@@ -34,7 +34,8 @@ class Reference:
         name: what logs and reports call it.
         data: a JSON Lines/CSV/Parquet file, a hub id, ``"embedded:harmless"`` (ours), a
             ``datasets.Dataset`` or any sequence of rows. Rows hold ``messages``, or ``prompt``
-            with an optional answer, or token ids (``input_ids`` and ``labels``).
+            with an optional answer, or token ids (``input_ids`` and, -100 on what is no answer,
+            ``labels``; padding is told by ``attention_mask``).
         loss: ``"kl"``, divergence from the base model in nats per token on its own answers
             (prompts suffice); ``"distill"``, NLL of those answers; ``"sft"``, NLL of the answers
             in the data; ``"dpo"``, the sigmoid preference loss on ``prompt``/``chosen``/
@@ -186,7 +187,7 @@ class Reference:
 
     def _encode(self, row: Mapping[str, Any], tokenizer: Any, place: str) -> Tokens:
         if self._tokenised(row):
-            return _split_ids(row, place)
+            return _split_ids(row, self.max_length, place)
         messages, answer = chat.as_messages(row, name=place)
         if self.loss in ("kl", "distill"):
             answer = None
@@ -384,17 +385,41 @@ def _require_language_model(model: Any, name: str) -> None:
         )
 
 
-def _split_ids(row: Mapping[str, Any], place: str) -> Tokens:
-    ids = list(row["input_ids"])
-    labels = list(row.get("labels", ids))
-    if len(labels) != len(ids):
+def _split_ids(row: Mapping[str, Any], max_length: int, place: str) -> Tokens:
+    """Prompt and answer of a row of token ids: what is learned, and what comes before it.
+
+    Padding is left out: what the attention mask hides, and what follows the answer unlearned.
+
+    Raises:
+        DataError: the fields do not fit together, the learned tokens are not in one piece, or the
+            prompt leaves no room for an answer.
+    """
+    given = list(row["input_ids"])
+    # Tables fill absent keys with None.
+    learned = given if row.get("labels") is None else list(row["labels"])
+    mask = [1] * len(given) if row.get("attention_mask") is None else list(row["attention_mask"])
+    for name, values in (("labels", learned), ("attention_mask", mask)):
+        if len(values) != len(given):
+            raise DataError(
+                f"{place}: there are {len(given)} `input_ids` and {len(values)} `{name}`, and "
+                "should be as many of the one as of the other."
+            )
+    seen = [i for i, visible in enumerate(mask) if visible]
+    ids, labels = [given[i] for i in seen], [learned[i] for i in seen]
+    answered = [i for i, label in enumerate(labels) if label != chat.IGNORE_INDEX]
+    if not answered:
+        return ids, []
+    start, end = answered[0], answered[-1] + 1
+    if len(answered) < end - start:
         raise DataError(
-            f"{place}: there are {len(ids)} `input_ids` and {len(labels)} `labels`, and should be "
-            "as many of the one as of the other."
+            f"{place}: `labels` are {chat.IGNORE_INDEX} again between learned tokens, as where "
+            "several turns are learned, and a reference's answer is one piece. Make a row of each "
+            "turn, with all that comes before it as the prompt."
         )
-    start = next((i for i, label in enumerate(labels) if label != -100), len(ids))
     start = max(start, 1)  # the first token has nothing to be predicted from
-    return ids[:start], ids[start:]
+    prompt = ids[:start]
+    room = chat.room_for_answer(prompt, max_length, place)
+    return prompt, ids[start:end][:room]
 
 
 def _left_padded(sequences: Sequence[Tokens]) -> dict[str, Tensor]:

@@ -156,10 +156,56 @@ def test_sft_without_an_answer_is_refused_with_a_way_out(tiny_peft, tiny_tokeniz
         Reference("a", rows, loss="sft").prepare(tiny_peft(), tiny_tokenizer)
 
 
-def test_unequal_ids_and_labels_are_refused(tiny_peft):
-    rows = [*token_rows(1), {"input_ids": [1, 2, 3], "labels": [1, 2]}]
-    with pytest.raises(DataError, match="`a`, row 2: .*3 `input_ids` and 2 `labels`"):
+@pytest.mark.parametrize("field", ["labels", "attention_mask"])
+def test_unequal_ids_and_labels_are_refused(tiny_peft, field):
+    rows = [*token_rows(1), {"input_ids": [1, 2, 3], field: [1, 1]}]
+    with pytest.raises(DataError, match=f"`a`, row 2: .*3 `input_ids` and 2 `{field}`"):
         Reference("a", rows, loss="sft").prepare(tiny_peft())
+
+
+def padded(row, left, right, mask):
+    """A row as a tokenizer pads it, with its attention mask or without."""
+    size = len(row["input_ids"])
+    out = {
+        "input_ids": [2] * left + row["input_ids"] + [2] * right,
+        "labels": [-100] * left + row["labels"] + [-100] * right,
+    }
+    return {**out, "attention_mask": [0] * left + [1] * size + [0] * right} if mask else out
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "mask"), [(0, 7, True), (0, 7, False), (5, 0, True), (5, 7, True)]
+)
+def test_padding_is_neither_prompt_nor_answer(tiny_peft, left, right, mask):
+    rows = token_rows(4)
+    plain, filled = (
+        Reference("a", data, loss="sft").prepare(tiny_peft()).sequences
+        for data in (rows, [padded(row, left, right, mask) for row in rows])
+    )
+    assert filled == plain
+
+
+def test_without_labels_all_that_is_seen_is_learned(tiny_peft):
+    row = {"input_ids": [2, 2, 5, 6, 7, 8, 2], "attention_mask": [0, 0, 1, 1, 1, 1, 0]}
+    bare = {"input_ids": [5, 6, 7, 8], "labels": None, "attention_mask": None}  # as in a table
+    for rows in ([row], [bare]):
+        objective = Reference("a", rows, loss="sft").prepare(tiny_peft())
+        assert objective.sequences == [([5], [6, 7, 8])]
+
+
+def test_learned_tokens_in_several_pieces_are_refused(tiny_peft):
+    turns = {"input_ids": [3, 4, 5, 6, 7, 8], "labels": [-100, 4, -100, -100, 7, 8]}
+    with pytest.raises(DataError, match="`a`, row 2: `labels` are -100 again .*a row of each turn"):
+        Reference("a", [*token_rows(1), turns], loss="sft").prepare(tiny_peft())
+
+
+def test_token_ids_are_held_to_the_limit_on_length(tiny_peft):
+    row = {"input_ids": list(range(3, 29)), "labels": [-100] * 5 + list(range(8, 29))}
+    objective = Reference("a", [row], loss="sft", max_length=8).prepare(tiny_peft())
+    assert objective.sequences == [([3, 4, 5, 6, 7], [8, 9, 10])]
+    full = Reference("a", [row], loss="sft", max_length=5)
+    with pytest.raises(DataError, match="`a`, row 1: the prompt has 5 tokens and max_length is 5"):
+        full.prepare(tiny_peft())
 
 
 def test_a_prompt_longer_than_the_limit_is_refused(tiny_peft, tiny_tokenizer):
