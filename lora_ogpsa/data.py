@@ -7,11 +7,15 @@ import io
 import json
 import random
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_ogpsa.errors import DataError, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -41,6 +45,25 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, found {limit}")
+    table = load_table(source, config=config, split=split)
+    indices = list(range(len(table)))
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(indices)
+    return rows_at(table, indices[:limit])
+
+
+def load_table(
+    source: str | Path, *, config: str | None = None, split: str | None = None
+) -> list[dict] | Dataset:
+    """Open a data set of which only some rows may be wanted; the arguments are `load_rows`'s.
+
+    Returns:
+        The rows of a file; of a folder or hub data set the `datasets.Dataset`, whose rows stay on
+        disk until `rows_at` takes them.
+
+    Raises:
+        DataError: the source is missing, unreadable, of an unknown type, or empty.
+    """
     name = str(source)
     path = Path(source).expanduser()
     is_file = name.startswith("embedded:") or path.is_file()
@@ -49,7 +72,7 @@ def load_rows(
             f"{name}: a file has no config or split (found config={config!r}, split={split!r}); "
             "leave both out, or name a folder or a hub data set"
         )
-    table: Any  # a list of rows or a datasets.Dataset: both have a length
+    table: list[dict] | Dataset
     if name.startswith("embedded:"):
         table = _parse_text(_embedded_text(name), ".jsonl", name)
     elif is_file:
@@ -65,13 +88,22 @@ def load_rows(
         table = _read_hub(name, config, split)
     if len(table) == 0:
         raise DataError(f"{name}: the data set has no rows")
-    indices = list(range(len(table)))
-    if shuffle_seed is not None:
-        random.Random(shuffle_seed).shuffle(indices)
-    indices = indices[:limit]
+    return table
+
+
+def rows_at(table: list[dict] | Dataset, indices: Sequence[int]) -> list[dict]:
+    """The rows of a table at `indices`, and of a `datasets.Dataset` no others made."""
     if isinstance(table, list):
         return [table[i] for i in indices]
-    return table.select(indices).to_list()  # selects first: a large data set stays on disk
+    return table.select(indices).to_list()
+
+
+def indices_of_kind(table: list[dict] | Dataset, kind: str) -> list[int]:
+    """Where the rows are whose ``kind``, ``type`` or ``source`` field is `kind`."""
+    fields = ("kind", "type", "source")
+    if not isinstance(table, list):
+        table = table.select_columns([f for f in fields if f in table.column_names]).to_list()
+    return [i for i, row in enumerate(table) if kind in [row.get(f) for f in fields]]
 
 
 def _looks_like_path(name: str) -> bool:

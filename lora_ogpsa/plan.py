@@ -167,7 +167,9 @@ def _prompt_texts(reference: Reference) -> list[str]:
     """The prompts of a reference's first rows."""
     name = f"reference `{reference.name}`"
     try:
-        rows = data.load_rows(reference.data, split=reference.split)[:_SAMPLED]
+        rows = data.load_rows(
+            reference.data, config=reference.config, split=reference.split, limit=_SAMPLED
+        )
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     chats = [chat.as_messages(r, name=f"{name}, row {n}")[0] for n, r in enumerate(rows, start=1)]

@@ -49,6 +49,7 @@ class Reference:
         first_tokens_weight: share of the loss that is the average over the first tokens only; 1
             restricts the reference to them.
         kind: keep only rows whose ``kind``, ``type`` or ``source`` field has this value.
+        config: configuration of a hub data set.
         split: split of a hub data set.
         limit: most rows used, drawn at random with `seed`.
         max_length: longest example, in tokens; longer answers are cut.
@@ -70,6 +71,7 @@ class Reference:
     first_tokens: int | None = 6
     first_tokens_weight: float = 0.5
     kind: str | None = None
+    config: str | None = None
     split: str | None = None
     limit: int | None = 128
     max_length: int = 512
@@ -150,24 +152,22 @@ class Reference:
     def _rows(self) -> list[tuple[int, Mapping[str, Any]]]:
         """The rows that are used, each with its number in the data, from 1 on."""
         if isinstance(self.data, str | Path):
-            rows: Sequence[Mapping[str, Any]] = data.load_rows(self.data, split=self.split)
+            table = data.load_table(self.data, config=self.config, split=self.split)
         else:
-            rows = list(self.data)
-        numbered = list(enumerate(rows, start=1))
-        if self.kind is not None:
-            fields = ("kind", "type", "source")
-            numbered = [(n, r) for n, r in numbered if self.kind in [r.get(f) for f in fields]]
-        if not numbered:
+            table = list(self.data)
+        everything = list(range(len(table)))
+        chosen = everything if self.kind is None else data.indices_of_kind(table, self.kind)
+        if not chosen:
             wanted = f" of kind {self.kind!r}" if self.kind is not None else ""
             raise DataError(
                 f"Reference `{self.name}` has no rows{wanted}. An empty reference protects "
                 "nothing: give it data, or remove it."
             )
-        if self.limit is not None and len(numbered) > self.limit:
+        if self.limit is not None and len(chosen) > self.limit:
             generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(len(numbered), generator=generator).tolist()
-            numbered = [numbered[i] for i in sorted(order[: self.limit])]
-        return numbered
+            order = torch.randperm(len(chosen), generator=generator).tolist()
+            chosen = [chosen[i] for i in sorted(order[: self.limit])]
+        return [(i + 1, row) for i, row in zip(chosen, data.rows_at(table, chosen), strict=True)]
 
     def _place(self, number: int) -> str:
         """How error messages call a row."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from recipes_for_tests import tiny_recipe, write_rows
+from references import data_folder
 from rich.console import Console
 
 from lora_ogpsa import models
@@ -155,6 +156,21 @@ def test_a_plan_checks_the_rows_that_are_here(tmp_path: Path, tiny_folder: Path)
     missing = {**raw, "dataset_name": str(tmp_path / "gone.jsonl")}
     with pytest.raises(DataError, match="file not found"):
         make_plan(parse_recipe(missing))
+
+
+def test_a_plan_reads_the_configuration_that_a_reference_names(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    rows = {name: [{"prompt": "word " * size}] * 3 for name, size in (("short", 2), ("long", 40))}
+    (tmp_path / "data").mkdir()
+    folder = data_folder(tmp_path / "data", **rows)
+    overheads = []
+    for config in rows:
+        own = {"name": "own", "data": folder, "config": config, "split": "test"}
+        recipe = parse_recipe(tiny_recipe(tmp_path, tiny_folder, references=[own]))
+        assert recipe.stages[0].references[0].config == config
+        overheads.append(make_plan(recipe).stages[0].overhead)
+    assert overheads[0] < overheads[1]
 
 
 def test_a_plan_names_the_row_of_a_reference_that_is_none(

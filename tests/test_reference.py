@@ -3,9 +3,10 @@
 import copy
 import json
 
+import datasets
 import pytest
 import torch
-from references import token_rows
+from references import data_folder, token_rows
 from torch.nn import functional
 
 from lora_ogpsa import Reference, default_references
@@ -234,6 +235,42 @@ def test_limit_draws_the_same_rows_every_time(tiny_peft):
     )
     assert len(first) == 10
     assert first == second != other
+
+
+def test_a_data_set_may_have_configurations(tiny_peft, tmp_path):
+    main, other = token_rows(4), token_rows(3, seed=1)
+    folder = data_folder(tmp_path, main=main, other=other)
+    for config, rows in (("main", main), ("other", other)):
+        found = Reference("own", folder, loss="sft", config=config, split="test")
+        same = Reference("own", rows, loss="sft")
+        assert found.prepare(tiny_peft()).sequences == same.prepare(tiny_peft()).sequences
+    with pytest.raises(DataError, match="main"):  # the message names those that there are
+        Reference("own", folder, loss="sft", split="test").prepare(tiny_peft())
+
+
+@pytest.mark.parametrize("kind", [None, "even"])
+def test_of_a_large_data_set_only_the_rows_used_are_read(tiny_peft, tmp_path, monkeypatch, kind):
+    rows = [{**row, "kind": ("even", "odd")[i % 2]} for i, row in enumerate(token_rows(40))]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    read = []
+    to_list = datasets.Dataset.to_list
+    monkeypatch.setattr(
+        datasets.Dataset,
+        "to_list",
+        lambda table: read.append((table.column_names, len(table))) or to_list(table),
+    )
+    stored, listed = (
+        Reference("a", data, loss="sft", kind=kind, limit=5).prepare(tiny_peft()).sequences
+        for data in (tmp_path / "saved", rows)
+    )
+    assert stored == listed
+    assert [size for columns, size in read if columns != ["kind"]] == [5]
+
+
+def test_a_data_set_without_kinds_has_no_rows_of_one(tiny_peft, tmp_path):
+    datasets.Dataset.from_list(token_rows(4)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="no rows of kind 'x'"):
+        Reference("none", tmp_path / "saved", loss="sft", kind="x").prepare(tiny_peft())
 
 
 @pytest.mark.parametrize(
