@@ -20,6 +20,14 @@ from lora_ogpsa.stages import cpu_computes_bfloat16, with_adapter
 from lora_ogpsa.strength import at_strength
 
 
+def _limited(suite: EvaluationSuite, limit: int) -> EvaluationSuite:
+    measures = {
+        name: replace(spec, limit=min(spec.limit or limit, limit))
+        for name, spec in suite.measures.items()
+    }
+    return replace(suite, limit=limit, measures=measures)
+
+
 def measure_model(
     name: str,
     *,
@@ -33,7 +41,7 @@ def measure_model(
     Args:
         name: adapter folder, model folder, hub id, or ``embedded``.
         recipe: whose ``evaluation:`` section says what is measured.
-        limit: most prompts per measure.
+        limit: most prompts per measure, those with a limit of their own too.
         load_in_4bit: whether the base is loaded in 4 bits; ``None``: as the adapter was trained.
         weights: how much of the adapter's change is applied, a column each; as it is if none.
 
@@ -46,7 +54,7 @@ def measure_model(
     suite = None if recipe is None else recipe_suite(load_recipe(recipe))
     suite = suite or quicker(EvaluationSuite.default())
     if limit is not None:
-        suite = replace(suite, limit=limit)
+        suite = _limited(suite, limit)
     adapter = Path(name)
     if not (adapter / "adapter_config.json").is_file():
         if weights:

@@ -235,6 +235,24 @@ def test_evaluate_puts_an_adapter_beside_its_base(trained: Path, tmp_path: Path)
     assert json.loads(output.read_text())["measures"]["harmful.refused"]["n"] == 2
 
 
+def test_evaluates_limit_goes_for_measures_with_one_of_their_own(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "measured.json"
+    measures = {
+        "harmful": {"data": "embedded:eval_harmful", "limit": 3},
+        "harmless": "embedded:eval_harmless",
+    }
+    recipe = _recipe(tmp_path, tiny_folder, evaluation={"measures": measures})
+    limited = ("evaluate", str(tiny_folder), "--recipe", str(recipe), "--output", str(output))
+    for limit, harmful, harmless in ((2, 2, 2), (4, 3, 4)):
+        done = _invoke(*limited, "--limit", str(limit))
+        assert done.exit_code == 0, done.stderr
+        found = json.loads(output.read_text())["measures"]
+        assert found["harmful.refused"]["n"] == harmful
+        assert found["harmless.refused"]["n"] == harmless
+
+
 def test_evaluate_an_adapter_at_several_weights(trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "measured.json"
     weights = ("--weight", "1", "--weight", "4")
