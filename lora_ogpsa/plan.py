@@ -39,7 +39,8 @@ class StagePlan:
         tokens: of an average row, prompt and answer; the limit on length if that is unknown.
         steps: optimizer steps; ``None`` if that depends on unknown data.
         batch: rows per step.
-        overhead: cost of the reference passes as a share of training; ``None`` without OGPSA.
+        overhead: tokens of the reference passes as a share of those of training; ``None`` without
+            OGPSA.
         notes: what could not be found out.
     """
 
@@ -149,22 +150,22 @@ def _overhead(
     tokenizer: Any | None,
     notes: list[str],
 ) -> float:
-    """n_ref · T_ref / (refresh_every · batch · T), DESIGN section 6."""
+    """n_ref · T_ref / (refresh_every · batch · T), of the training tokens."""
     lengths = []
     for reference in references:
-        length = reference.max_new_tokens
         if _is_here(str(reference.data)):
-            length += _mean_tokens(_prompt_texts(reference), tokenizer)
+            length = _example_tokens(reference, tokenizer)
         else:
             length = reference.max_length
             notes.append(f"{reference.data} is not on this machine; reference lengths are guessed")
         lengths.append(min(reference.max_length, length))
-    mean = sum(lengths) / len(lengths)
+    shares = [reference.share for reference in references]
+    mean = sum(s * n for s, n in zip(shares, lengths, strict=True)) / sum(shares)
     return (config.references_per_refresh or 1) * mean / ((config.refresh_every or 1) * trained)
 
 
-def _prompt_texts(reference: Reference) -> list[str]:
-    """The prompts of a reference's first rows."""
+def _example_tokens(reference: Reference, tokenizer: Any | None) -> int:
+    """Tokens of an average example of a reference, by its first rows."""
     name = f"reference `{reference.name}`"
     try:
         rows = data.load_rows(
@@ -172,8 +173,21 @@ def _prompt_texts(reference: Reference) -> list[str]:
         )
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    chats = [chat.as_messages(r, name=f"{name}, row {n}")[0] for n, r in enumerate(rows, start=1)]
-    return [" ".join(turn["content"] for turn in messages) for messages in chats]
+    if "input_ids" in rows[0]:
+        return round(sum(len(row["input_ids"]) for row in rows) / len(rows))
+    named = [(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
+    if reference.loss == "dpo":
+        pairs = [chat.as_preference(row, name=place) for row, place in named]
+        both = [f"{_text(p)} {chosen} {_text(p)} {rejected}" for p, chosen, rejected in pairs]
+        return _mean_tokens(both, tokenizer)
+    chats = [chat.as_messages(row, name=place) for row, place in named]
+    if reference.loss == "sft":
+        return _mean_tokens([f"{_text(m)} {answer or ''}" for m, answer in chats], tokenizer)
+    return _mean_tokens([_text(m) for m, _ in chats], tokenizer) + reference.max_new_tokens
+
+
+def _text(messages: Sequence[dict[str, Any]]) -> str:
+    return " ".join(turn["content"] for turn in messages)
 
 
 def _mean_tokens(texts: list[str], tokenizer: Any | None) -> int:
@@ -260,8 +274,9 @@ def _stage_lines(plan: StagePlan) -> list[RenderableType]:
             lines.append(
                 Text(f"reference {r.name}: {r.loss} on {r.data}{kind}, up to {r.limit} rows")
             )
+        share = 100 * (plan.overhead or 0)
         lines.append(
-            Text(f"overhead  about {100 * (plan.overhead or 0):.0f} % more compute than plain")
+            Text(f"overhead  about {share:.0f} % of the training tokens, in reference examples")
         )
     lines += [Text(f"note      {note}", style="yellow") for note in dict.fromkeys(plan.notes)]
     return list(lines)

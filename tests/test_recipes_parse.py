@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from recipes_for_tests import tiny_recipe, write_rows
@@ -66,7 +67,7 @@ def test_recipe_plans_offline(path: Path) -> None:
         assert f"Stage {stage.name}" in shown and stage.dataset_name in shown
         for reference in stage.references:
             assert f"reference {reference.name}: kl on {reference.data}" in shown
-    assert "more compute than plain" in shown and "budget=0." in shown
+    assert "% of the training tokens" in shown and "budget=0." in shown
     assert "OGPSA " in shown and "in all" in shown
 
 
@@ -171,6 +172,39 @@ def test_a_plan_reads_the_configuration_that_a_reference_names(
         assert recipe.stages[0].references[0].config == config
         overheads.append(make_plan(recipe).stages[0].overhead)
     assert overheads[0] < overheads[1]
+
+
+def _chat(asked: str, answered: str) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": answered},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "loss", "tokens"),
+    [
+        ({"input_ids": [5] * 6}, "kl", 6),
+        ({"prompt": "x" * 39, "completion": "y" * 40}, "sft", 20),
+        ({"prompt": "x" * 39, "completion": "y" * 40}, "kl", 10 + 32),
+        ({"chosen": _chat("x" * 39, "y" * 39), "rejected": _chat("x" * 39, "z")}, "dpo", 30),
+    ],
+)
+def test_a_plan_takes_every_kind_of_reference(
+    tmp_path: Path, tiny_folder: Path, row: dict[str, Any], loss: str, tokens: int
+) -> None:
+    own = {"name": "own", "data": write_rows(tmp_path / "own.jsonl", [row]), "loss": loss}
+    short = {"name": "short", "data": "embedded:harmless", "max_new_tokens": 1, "share": 3}
+    overheads = []
+    for references in ([own], [short], [own, short]):
+        raw = tiny_recipe(tmp_path, tiny_folder, references=references, max_length=100)
+        recipe = parse_recipe(raw | {"model_name_or_path": str(tmp_path / "no-tokenizer")})
+        plan = make_plan(recipe).stages[0]
+        assert plan.overhead is not None
+        overheads.append(plan.overhead * plan.batch * plan.tokens / 3)
+    of_own, of_short, mixed = overheads
+    assert of_own == pytest.approx(tokens, abs=1)
+    assert mixed == pytest.approx((of_own + 3 * of_short) / 4)
 
 
 def test_a_plan_names_the_row_of_a_reference_that_is_none(
