@@ -1,4 +1,4 @@
-"""How much memory a recipe needs, from the model's configuration alone (DESIGN section 6)."""
+"""How much memory a recipe needs, from the model's configuration alone (docs/method.md, Cost)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelSize:
     Args:
         parameters: of the base.
         quantised: those that 4-bit loading packs.
-        adapter: trained parameters, d in DESIGN.
+        adapter: trained parameters, d.
         layers: transformer blocks; 0 if unknown.
         hidden: width; 0 if unknown.
         vocabulary: size; 0 if unknown.

@@ -45,8 +45,8 @@ class OGPSA:
 
     The optimizer stays the user's own. Its step hooks record the parameters before a step, take
     what it really did to them, :math:`\Delta = \theta_{t+1} - \theta_t`, and replace it by the
-    nearest step that meets the constraint (DESIGN §2; arXiv 2602.07892 for the idea). Reference
-    gradients are refreshed in the same hook, on schedule.
+    nearest step that meets the constraint (docs/method.md; arXiv 2602.07892 for the idea).
+    Reference gradients are refreshed in the same hook, on schedule.
 
     ::
 
@@ -384,7 +384,7 @@ class OGPSA:
 
     @full_precision()
     def _restore(self) -> None:
-        """A step back towards the base model's reference losses (DESIGN §7)."""
+        """A step back towards the base model's reference losses (docs/method.md)."""
         weights = self.metric.latest if self.metric is not None else None
         excess = self.estimator.excess.clamp_min(0) * self.config.restoration
         back = restoration_step(self.estimator.means, excess, weights)

@@ -142,7 +142,7 @@ def budget_correction(
     max_correction: float,
     behind: Tensor | None = None,
 ) -> Tensor:
-    r"""The correction c = x - Δ of the budget rule (DESIGN §2): Cx ≤ b, and a way back where b < 0.
+    r"""The correction c = x - Δ of the budget rule: Cx ≤ b, and a way back where b < 0.
 
     Two problems share one Gram matrix. The first only keeps the step from making anything worse
     and is always feasible (x = 0 is): Cx ≤ max(b, 0). In the second a share ρ of what is
@@ -212,7 +212,7 @@ def _products(
 def restoration_step(
     rows: Tensor, excess: Tensor, inverse_metric: Tensor | None = None, ridge: float = 1e-6
 ) -> Tensor:
-    r"""The shortest step that takes reference losses back, to first order (DESIGN §7).
+    r"""The shortest step that takes reference losses back, to first order (docs/method.md).
 
     .. math:: \Delta = -M^{-1} J^\top (J M^{-1} J^\top + \varepsilon I)^{-1} v
 

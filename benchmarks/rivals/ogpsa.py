@@ -10,7 +10,7 @@ from rivals.base import Rival, Training
 
 
 class OgpsaRival(Rival):
-    """Training with OGPSA's optimizer hooks (arXiv 2602.07892; DESIGN of this library).
+    """Training with OGPSA's optimizer hooks (arXiv 2602.07892; docs/method.md).
 
     A refresh gets as many examples as the budget of passes allows, where the settings do not say.
 

@@ -67,7 +67,7 @@ def run_harness(
     except ImportError as error:
         raise ModelError(
             f"lm-evaluation-harness is not installed ({error}), and the tasks {list(tasks)} are "
-            "its own. Install it with `pip install lora-ogpsa[eval]`, or leave them out."
+            "its own. Install it with `pip install lm-eval`, or leave them out."
         ) from error
 
     folder = None if include_path is None else str(include_path)
