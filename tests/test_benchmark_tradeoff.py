@@ -29,7 +29,7 @@ from rivals.base import ReferenceStream
 from rivals.surgery import agem
 from tradeoff_data import FILES, HELD_OUT, Source
 from tradeoff_stages import Spent, StageSettings, run_stage
-from tradeoff_summary import run_path, summarise, table
+from tradeoff_summary import CLOCKS, run_path, summarise, table
 
 STEPS = 5
 TRAINED = list(METHODS)
@@ -124,7 +124,7 @@ def test_every_method_trains_and_not_as_plain_does(
         before = parameters(METHODS[name].build().wrap(tiny_model(), [], 0))
         assert not torch.equal(after, before)
     plain = parameters(trained("plain", stage)[0])
-    assert name == "plain" or after.shape != plain.shape or not torch.equal(after, plain)
+    assert (after.shape == plain.shape and torch.equal(after, plain)) == (name in CLOCKS)
 
 
 @pytest.mark.parametrize(
@@ -755,6 +755,12 @@ def test_seconds_are_compared_in_one_environment_alone() -> None:
     assert "run_overhead" not in summary["all"]
     assert summary["all"]["compute_overhead"] == pytest.approx(-0.91)
     assert table(summary).count("\n") == 1 + len(summary)
+    again = cell("plain_again", 1, end, train_seconds=38.0, token_passes=100.0, **other)
+    summary = summarise([*cells, again])
+    assert summary["all"]["run_overhead"] == pytest.approx(19 / 38 - 1)
+    assert summary["half"]["run_overhead"] == pytest.approx(160 / 110 - 1)
+    assert summary["plain_again"]["run_overhead"] == 0.0
+    assert summary["early_stop"]["run_overhead"] == summary["early_stop"]["compute_overhead"] == 0.0
 
 
 def test_where_strengths_are_measured_safety_is_matched_along_them() -> None:

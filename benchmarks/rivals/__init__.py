@@ -105,6 +105,7 @@ _RANK1_FASTER = {**_RANK1, "learning_rate": 6.0}
 
 _ALL = [
     Method("plain", "plain", {}, "LoRA, r = 16 on all linear layers"),
+    Method("plain_again", "plain", {}, "plain training once more, on another machine"),
     Method(
         "low_lr_0.3", "plain", {"learning_rate": 0.3}, "plain at 0.3 of the learning rate", "low_lr"
     ),
