@@ -137,9 +137,14 @@ class Reference:
             encoded = [(prompt, reply) for (prompt, _), reply in zip(encoded, answers, strict=True)]
         missing = sum(not answer for _, answer in encoded)
         if missing:
+            way_out = (
+                "Give all rows of token ids learned `labels`."
+                if self._tokenised(rows[0][1])
+                else "Use `loss='kl'`, which needs prompts only."
+            )
             raise DataError(
                 f"Reference `{self.name}`: {missing} of {len(encoded)} rows have no answer, which "
-                f"`loss='{self.loss}'` needs. Use `loss='kl'`, which needs prompts only."
+                f"`loss='{self.loss}'` needs. {way_out}"
             )
         return Objective(self, encoded, model)
 

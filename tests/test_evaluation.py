@@ -343,6 +343,14 @@ def test_missing_answers_are_named_by_row(tiny_peft, tiny_tokenizer, kind):
         run(tiny_peft(warm=True), tiny_tokenizer, {"x": {"measure": kind, "data": rows}})
 
 
+@pytest.mark.parametrize("kind", ["refusal", "nll", "numeric", "preference", "divergence"])
+def test_a_row_without_the_fields_of_a_measure_is_named(tiny_peft, tiny_tokenizer, kind):
+    pair = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
+    rows = [pair if kind == "preference" else ANSWERED[0], {"other": "fields"}]
+    with pytest.raises(DataError, match=r"^measure `x`, row 2: no (conversation|preference)"):
+        run(tiny_peft(warm=True), tiny_tokenizer, {"x": {"measure": kind, "data": rows}})
+
+
 def test_a_prompt_that_is_too_long_is_named(tiny_model, tiny_tokenizer):
     with pytest.raises(DataError, match=r"measure `harmful`, row 1: the prompt has \d+ tokens"):
         run(tiny_model(), tiny_tokenizer, {"harmful": PROMPTS}, max_length=4)

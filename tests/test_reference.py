@@ -150,6 +150,13 @@ def test_empty_reference_is_refused(tiny_peft):
         Reference("none", PROMPTS, kind="x").prepare(tiny_peft())
 
 
+@pytest.mark.parametrize("loss", ["kl", "sft"])
+def test_token_ids_without_a_learned_label_are_refused_with_a_way_out(tiny_peft, loss):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100] * 3}]
+    with pytest.raises(DataError, match="1 of 1 rows have no answer.*learned `labels`"):
+        Reference("a", rows, loss=loss).prepare(tiny_peft())
+
+
 def test_sft_without_an_answer_is_refused_with_a_way_out(tiny_peft, tiny_tokenizer):
     rows = [{**PROMPTS[0], "completion": "an answer"}, *PROMPTS]
     message = r"`a`, row 2: .*needs rows with an answer.*\['prompt'\].*kl"

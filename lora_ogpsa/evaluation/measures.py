@@ -14,7 +14,7 @@ from lora_ogpsa.evaluation.judges import Judge, make_judge
 from lora_ogpsa.evaluation.likelihood import Tokens
 from lora_ogpsa.evaluation.multiple_choice import as_question, choice_requests, judge_choices
 from lora_ogpsa.evaluation.result import Item, Sample
-from lora_ogpsa.evaluation.session import Row, Run, item_keys
+from lora_ogpsa.evaluation.session import Row, Run, item_keys, place
 from lora_ogpsa.evaluation.store import content_key
 from lora_ogpsa.evaluation.suite import MeasureSpec
 
@@ -39,7 +39,7 @@ def _refusal(run: Run, name: str, spec: MeasureSpec) -> None:
             "safe from unsafe only. Give this measure another judge, such as `judge: phrases`."
         )
     rows = run.rows(name, spec)
-    chats = [chat.as_messages(row)[0] for row in rows]
+    chats = _prompts(name, rows)
     prompts = [run.encode(name, i, chat, None)[0] for i, chat in enumerate(chats, start=1)]
     answers = run.answers(name, spec, prompts)
     texts = [chat[-1]["content"] for chat in chats]
@@ -116,7 +116,7 @@ def _numeric(run: Run, name: str, spec: MeasureSpec) -> None:
     rows = run.rows(name, spec)
     prompts, golds, texts = [], [], []
     for number, row in enumerate(rows, start=1):
-        messages, gold = chat.as_messages(row)
+        messages, gold = chat.as_messages(row, name=place(name, number))
         if gold is None:
             raise _no_answer(name, number, row)
         last = {**messages[-1], "content": messages[-1]["content"] + spec.suffix}
@@ -141,7 +141,7 @@ def _preference(run: Run, name: str, spec: MeasureSpec) -> None:
     rows = run.rows(name, spec)
     examples: list[Tokens] = []
     for number, row in enumerate(rows, start=1):
-        prompt, chosen, rejected = chat.as_preference(row)
+        prompt, chosen, rejected = chat.as_preference(row, name=place(name, number))
         examples += [run.encode(name, number, prompt, text) for text in (chosen, rejected)]
     keys = item_keys(rows)
     scores = run.scores(name, examples)
@@ -176,7 +176,7 @@ def _divergence(run: Run, name: str, spec: MeasureSpec) -> None:
     if spec.answers == "given":
         examples = _answered(run, name, rows)
     else:
-        chats = [chat.as_messages(row)[0] for row in rows]
+        chats = _prompts(name, rows)
         prompts = [run.encode(name, i, chat, None)[0] for i, chat in enumerate(chats, start=1)]
         with base_mode(run.model):
             answers = run.base().answers(f"{name} (base)", spec, prompts)
@@ -236,11 +236,19 @@ def _answered(run: Run, name: str, rows: list[Row]) -> list[Tokens]:
     """Prompts and given answers as tokens."""
     examples = []
     for number, row in enumerate(rows, start=1):
-        messages, answer = chat.as_messages(row)
+        messages, answer = chat.as_messages(row, name=place(name, number))
         if answer is None:
             raise _no_answer(name, number, row)
         examples.append(run.encode(name, number, messages, answer))
     return examples
+
+
+def _prompts(name: str, rows: list[Row]) -> list[list[dict]]:
+    """The rows' prompts as messages."""
+    return [
+        chat.as_messages(row, name=place(name, number))[0]
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 def _no_answer(name: str, number: int, row: Row) -> DataError:

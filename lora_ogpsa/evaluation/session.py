@@ -91,8 +91,13 @@ class Run:
             messages,
             answer,
             max_length=self.suite.max_length,
-            name=f"measure `{name}`, row {number}",
+            name=place(name, number),
         )
+
+
+def place(name: str, number: int) -> str:
+    """How error messages call a row of a measure."""
+    return f"measure `{name}`, row {number}"
 
 
 def measured_rows(name: str, spec: MeasureSpec, limit: int | None) -> list[Row]:
