@@ -83,8 +83,8 @@ def get_contrast_model(
         processing_class: the tokenizer, needed where prompts or references hold text.
         max_length: longest prompt, in tokens.
         lora_config: further settings of PEFT. Its rank, layers and modules are replaced, and
-            ``lora_alpha`` follows the rank; it is twice the rank if none are given, with which the
-            results of this library were measured.
+            ``lora_alpha`` follows the rank, so that the scaling stays. Without them it is twice the
+            rank, with which the results of this library were measured.
         cache: folder in which the base model's answers are kept; ``None`` keeps none.
         progress: show a progress bar.
 
@@ -163,12 +163,15 @@ def contrast_adapter(
         layers = list(readers)[len(readers) // 2 :][: _count(readers, config)]
     settings = lora_config or LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=2)
     rank = rank or (2 if config.answer_tokens else 1)
+    share = rank / settings.r
+    alpha = settings.lora_alpha * (math.sqrt(share) if settings.use_rslora else share)
     wrapped = get_peft_model(
         model,
         replace(
             settings,
             r=rank,
-            lora_alpha=round(rank * settings.lora_alpha / settings.r),
+            # A whole number where it is one, as PEFT's configs have it.
+            lora_alpha=int(alpha) if alpha.is_integer() else alpha,
             target_modules=[name for layer in layers for name in readers[layer]],
             init_lora_weights=True,
         ),

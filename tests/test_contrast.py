@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from recipes_for_tests import HARMFUL, HARMLESS, tiny_recipe
 from safetensors.torch import load_file
 from torch import Tensor
@@ -236,6 +238,33 @@ def made(tiny_model: Any, tiny_tokenizer: Any) -> tuple[Any, Any, list[Any]]:
     objectives = _objectives(model, tiny_tokenizer)
     rows = _answered(tiny_tokenizer)
     return get_contrast_model(model, rows, objectives, _CONFIG), base, objectives
+
+
+@pytest.mark.parametrize(
+    "given_settings",
+    [
+        {"r": 16, "lora_alpha": 32},
+        {"r": 64, "lora_alpha": 16},
+        {"r": 16, "lora_alpha": 20},
+        {"r": 16, "lora_alpha": 32, "use_rslora": True},
+    ],
+)
+def test_the_scaling_is_that_of_the_lora_settings(
+    tiny_model: Any, given_settings: dict[str, Any]
+) -> None:
+    usual = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], **given_settings))
+    made = contrast_adapter(tiny_model(), ContrastConfig(), LoraConfig(**given_settings))
+    found, wanted = (
+        [m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)]
+        for model in (made, usual)
+    )
+    assert found == pytest.approx(wanted[:1] * len(found))
+
+
+def test_without_lora_settings_alpha_is_twice_the_rank(tiny_model: Any) -> None:
+    for rank in (1, 2):
+        config = contrast_adapter(tiny_model(), ContrastConfig(), rank=rank).peft_config["default"]
+        assert (config.r, config.lora_alpha) == (rank, 2 * rank)
 
 
 def test_only_b_is_trained_and_the_base_is_kept(made: Any) -> None:

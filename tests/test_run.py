@@ -10,7 +10,9 @@ import pytest
 import torch
 from recipes_for_tests import HARMFUL, tiny_recipe, write_rows
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from lora_ogpsa.console import StopAtNonFinite, TrainingError
 from lora_ogpsa.errors import ConfigError, DataError, ModelError, OGPSAError
 from lora_ogpsa.measure import recipe_suite
 from lora_ogpsa.recipe import parse_recipe
@@ -450,6 +452,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         _run(raw)
     assert (tmp_path / "out/evaluations/base.json").is_file()
     assert not (tmp_path / "out/adapter").exists()
+
+
+def test_an_overflow_that_the_scaler_skips_does_not_stop_a_run(tmp_path: Path) -> None:
+    watch, state, control = StopAtNonFinite(), TrainerState(), TrainerControl()
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    skipped = {"loss": 2.0, "grad_norm": float("inf")}
+    with pytest.raises(TrainingError, match="grad_norm is inf"):
+        watch.on_log(args, state, control, skipped)
+    args.fp16 = True
+    watch.on_log(args, state, control, skipped)
+    with pytest.raises(TrainingError, match="loss is nan"):
+        watch.on_log(args, state, control, {"loss": float("nan")})
 
 
 def test_arguments_that_trl_refuses_are_one_line(tmp_path: Path, tiny_folder: Path) -> None:
