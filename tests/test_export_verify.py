@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,60 @@ def test_original_strategy_is_held_to_both_references(qlora, tmp_path):
     trained, exact = result.verification.comparisons
     assert (trained.tolerance, exact.tolerance) == (SWAPPED_BASE, REPRODUCES)
     assert exact.result.relative_error < trained.result.relative_error
+
+
+def test_models_are_in_memory_one_after_the_other(qlora, tmp_path, monkeypatch):
+    load = AutoModelForCausalLM.from_pretrained
+    loaded, alive = [], []
+
+    def watched(*args, **options):
+        alive.append(sum(model() is not None for model in loaded))
+        model = load(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    gc.disable()  # what only a chance collection would free still counts
+    try:
+        _export(qlora, tmp_path / "out", strategy="original")
+    finally:
+        gc.enable()
+    # As trained, merged, original base + adapter, the other choice.
+    assert alive == [0, 0, 0, 0]
+
+
+def test_on_a_gpu_only_4_bit_models_must_fit_whole(qlora, tmp_path, monkeypatch):
+    load = AutoModelForCausalLM.from_pretrained
+    places = []
+
+    def watched(*args, device_map, **options):
+        places.append(device_map)
+        return load(*args, device_map="cpu", **options)
+
+    _export(qlora, tmp_path / "out", strategy="original", verify=False)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    verify_merge(
+        qlora,
+        tmp_path / "out",
+        strategy="original",
+        quantisation=SETTINGS,
+        prompts=PROMPTS,
+        device="cuda",
+    )
+    assert places == [{"": "cuda"}, "auto", "auto"]
+
+
+@pytest.mark.parametrize(
+    ("step", "advice"), [("verify_merge", "--no-verify"), ("merge_adapter", "--device cpu")]
+)
+def test_out_of_memory_says_what_helps_a_merge(step, advice, qlora, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"lora_ogpsa.export.pipeline.{step}", full)
+    with pytest.raises(ExportError, match=f"^out of memory while .*{advice}"):
+        _export(qlora, tmp_path / "out", compare=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sixteen_bit_adapter_needs_no_second_reference(tiny_folder, tiny_peft, tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,34 +106,50 @@ def export_merged(
                     other, notes = _other_merge(
                         adapter, report, Path(scratch) / "model", merging, progress
                     )
-                verification = verify_merge(
-                    adapter,
-                    folder,
-                    strategy=report.strategy,
-                    quantisation=report.quantisation,
-                    prompts=prompts,
-                    tolerance=tolerance,
-                    other=other,
-                    answer_tokens=answer_tokens,
-                    device=verify_device,
-                    **shared,
-                )
+                with _out_of_memory(
+                    "while verifying the merge, which loads each model whole. Free memory on the "
+                    "device, or merge without the verification (lora-ogpsa merge --no-verify)."
+                ):
+                    verification = verify_merge(
+                        adapter,
+                        folder,
+                        strategy=report.strategy,
+                        quantisation=report.quantisation,
+                        prompts=prompts,
+                        tolerance=tolerance,
+                        other=other,
+                        answer_tokens=answer_tokens,
+                        device=verify_device,
+                        **shared,
+                    )
             verification.notes.extend(notes)
             verification.require_passed()
         _write_reports(folder, report, verification)
         write_model_card(folder, facts or {}, merge=report, verification=verification)
 
-    report = merge_adapter(
-        adapter,
-        output,
-        strategy=strategy,
-        quantisation=quantisation,
-        overwrite=overwrite,
-        progress=progress,
-        before_publish=finish,
-        **merging,
-    )
+    with _out_of_memory("while merging. Merge on the CPU (--device cpu), one tensor at a time."):
+        report = merge_adapter(
+            adapter,
+            output,
+            strategy=strategy,
+            quantisation=quantisation,
+            overwrite=overwrite,
+            progress=progress,
+            before_publish=finish,
+            **merging,
+        )
     return ExportResult(report, verification)
+
+
+@contextmanager
+def _out_of_memory(advice: str) -> Iterator[None]:
+    """Says what helps a merge: left to itself, the error would bring advice on training."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ExportError(f"out of memory {advice}") from error
 
 
 def _other_merge(

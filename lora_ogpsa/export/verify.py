@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export.divergence import divergence
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lora_ogpsa.export.quantisation import Quantisation
 
 Prompt = str | list[dict[str, str]]
+Found = TypeVar("Found")
 
 # Different kinds of text, so that a defect in one part of the vocabulary shows.
 DEFAULT_PROMPTS: tuple[Prompt, ...] = (
@@ -95,11 +96,14 @@ def verify_merge(
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     resized = {**options, "vocab_size": _vocab_size(Path(merged))}
 
-    with _as_trained(base_folder, adapters, quantisation, **resized) as model:
+    def answered(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         sequences = _answers(model, encoded, answer_tokens)
-        trained = _logits(model, sequences)
-    with _plain(Path(merged), **options) as model:
-        result = _logits(model, sequences)
+        return sequences, _logits(model, sequences)
+
+    as_trained = partial(_as_trained, base_folder, adapters, **resized)
+    sequences, trained = _with_model(partial(as_trained, quantisation), answered)
+    scored = partial(_logits, sequences=sequences)
+    result = _with_model(partial(_plain, Path(merged), **options), scored)
     label = "base in 4 bits + adapter" if quantisation else "base + adapter"
     limit = tolerance or (SWAPPED_BASE if swapped else REPRODUCES)
     rows = [
@@ -108,8 +112,7 @@ def verify_merge(
         )
     ]
     if swapped:
-        with _as_trained(base_folder, adapters, None, **resized) as model:
-            exact = _logits(model, sequences)
+        exact = _with_model(partial(as_trained, None), scored)
         rows.append(
             Comparison(
                 f"merged ({strategy})",
@@ -120,8 +123,7 @@ def verify_merge(
         )
     if other is not None:
         name, folder = other
-        with _plain(folder, **options) as model:
-            result = _logits(model, sequences)
+        result = _with_model(partial(_plain, folder, **options), scored)
         rows.append(
             Comparison(
                 f"the other choice ({name})",
@@ -131,6 +133,19 @@ def verify_merge(
             )
         )
     return VerificationReport(rows, prompts=len(prompts))
+
+
+def _with_model(load: Callable[[], Any], compute: Callable[[Any], Found]) -> Found:
+    """Loads a model, computes something with it and frees it again: two may not fit."""
+    import torch
+
+    try:
+        # No name here may hold the model, or it would outlive `compute`.
+        return compute(load())
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _vocab_size(folder: Path) -> int:
@@ -202,7 +217,11 @@ def _logits(model: Any, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
         return [model(input_ids=ids.to(model.device)).logits[0].float().cpu() for ids in sequences]
 
 
-@contextmanager
+def _placement(device: str) -> Any:
+    """Where an unquantised model goes: on a GPU, what does not fit goes to the CPU."""
+    return {"": device} if device == "cpu" else "auto"
+
+
 def _as_trained(
     base: Path,
     adapters: list[AdapterSource],
@@ -211,22 +230,24 @@ def _as_trained(
     device: str,
     trust_remote_code: bool,
     vocab_size: int,
-) -> Iterator[Any]:
+) -> Any:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from lora_ogpsa.quantised import keep_differentiable
 
-    options: dict[str, Any] = {"dtype": "auto"}
+    options: dict[str, Any] = {"dtype": "auto", "device_map": _placement(device)}
     if quantisation is not None:
+        # Layers in 4 bits cannot be shared between a GPU and the CPU.
+        options["device_map"] = {"": device}
         if quantisation.load_dtype:
             options["dtype"] = getattr(torch, quantisation.load_dtype)
         stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
         if "quantization_config" not in stored:
             options["quantization_config"] = quantisation.to_config()
     model = AutoModelForCausalLM.from_pretrained(
-        base, device_map={"": device}, trust_remote_code=trust_remote_code, **options
+        base, trust_remote_code=trust_remote_code, **options
     )
     # bitsandbytes would switch to a faster CPU format here, which computes in bfloat16.
     keep_differentiable(model)
@@ -239,10 +260,7 @@ def _as_trained(
         else:
             model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=name)
     _activate(model, dict(zip(names, adapters, strict=True)))
-    model.eval()
-    yield model
-    del model
-    gc.collect()
+    return model.eval()
 
 
 def _activate(model: Any, adapters: dict[str, AdapterSource]) -> None:
@@ -265,16 +283,13 @@ def _activate(model: Any, adapters: dict[str, AdapterSource]) -> None:
                     module.scaling[name] *= adapter.weight
 
 
-@contextmanager
-def _plain(folder: Path, *, device: str, trust_remote_code: bool) -> Iterator[Any]:
+def _plain(folder: Path, *, device: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    # On a GPU, what does not fit goes to the CPU: a model trained in 4 bits may not fit in 16.
-    device_map: Any = {"": device} if device == "cpu" else "auto"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", device_map=device_map, trust_remote_code=trust_remote_code
+        folder,
+        dtype="auto",
+        device_map=_placement(device),
+        trust_remote_code=trust_remote_code,
     )
-    model.eval()
-    yield model
-    del model
-    gc.collect()
+    return model.eval()
