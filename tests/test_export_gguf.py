@@ -401,6 +401,8 @@ def test_lora_file_adds_exactly_what_the_merge_adds(name, config, folders, tmp_p
         ({"use_dora": True}, "DoRA rescales"),
         ({"modules_to_save": ["norm"]}, "whole modules"),
         ({"trainable_token_indices": [1]}, "rows were trained"),
+        ({"bias": "all"}, "the base's biases were trained"),
+        ({"bias": "lora_only"}, "the base's biases were trained"),
         ({"target_modules": ["embed_tokens"]}, "tied to lm_head"),
     ],
 )

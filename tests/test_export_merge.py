@@ -119,6 +119,8 @@ LLAMA = {
         },
     ),
     "lora_bias": ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}),
+    "base_biases": ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}),
+    "lora_only_biases": ("qwen2", {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "trained_biases": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["k_proj"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "embedding": ("untied", {"target_modules": ["embed_tokens", "q_proj"]}),
@@ -210,6 +212,15 @@ def test_two_adapters_at_weight_one_compute_what_peft_computes_with_both_active(
     _merge([(first, 1), (second, 1)], tmp_path / "out", base=base)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(_logits(merged), _logits(model.eval()), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_of_the_base_are_merged_whole_or_not_at_all(bias, bases, tmp_path):
+    base = bases["qwen2"]
+    adapter = _adapter(tmp_path / "adapter", base, target_modules=["q_proj"], bias=bias)
+    with pytest.raises(ExportError, match=rf"bias: {bias}.*weight 0\.5.*weight 1"):
+        _merge([(adapter, 0.5)], tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------ 4 bits

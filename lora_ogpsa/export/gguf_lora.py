@@ -94,9 +94,10 @@ def _require_low_rank(config: dict[str, object]) -> None:
         ("modules_to_save", "whole modules were trained"),
         ("trainable_token_indices", "embedding rows were trained"),
         ("lora_bias", "biases were trained"),
+        ("bias", "the base's biases were trained"),
         ("target_parameters", "expert tensors were adapted"),
     ):
-        if config.get(key):
+        if config.get(key) and config[key] != "none":
             raise ExportError(
                 f"a GGUF adapter is only A and B per weight, but {meaning} here ({key}). Merge the "
                 "adapter (lora-ogpsa merge) and export the merged model."

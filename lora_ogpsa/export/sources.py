@@ -58,6 +58,13 @@ def _adapter(path: str | Path, weight: float) -> AdapterSource:
     reason = _unmergeable(config)
     if reason:
         raise ExportError(f"the adapter {path} cannot be merged: {reason}")
+    if weight != 1 and config.get("bias", "none") != "none":
+        # Its file holds the biases themselves, not what training changed in them.
+        raise ExportError(
+            f"the adapter {path} trained the base's biases too (bias: {config['bias']}), which it "
+            f"replaces whole, so it cannot be merged with the weight {weight:g}. Merge it with the "
+            "weight 1."
+        )
     return AdapterSource(folder, float(weight), config)
 
 
