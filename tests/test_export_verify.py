@@ -298,6 +298,7 @@ def test_card_has_the_hubs_metadata_and_the_runs_facts(qlora, tmp_path):
     assert metadata["license"] == "apache-2.0"
     assert {"lora-ogpsa", "safety-alignment"} <= set(metadata["tags"])
     text = path.read_text()
+    assert "aligned for safety with lora_ogpsa" in text
     assert "# merged-model\n" in text
     assert "| preset | budget |" in text
     assert "| harmful refused | 0.11 | 0.983 |" in text
@@ -316,6 +317,20 @@ def test_card_of_an_adapter_and_of_a_local_base(qlora, tmp_path):
     assert "base_model" not in _metadata(path)
     with pytest.raises(ExportError, match="exists"):
         write_model_card(tmp_path / "adapter", {}, overwrite=False)
+
+
+@pytest.mark.parametrize("facts", [{}, {"ogpsa": None, "training": {"trainer": "sft"}}])
+def test_card_claims_alignment_only_for_a_training_with_ogpsa(facts, qlora, tmp_path):
+    result = _export(qlora, tmp_path / "merged", compare=False, verify=False, facts=facts)
+    shutil.copytree(qlora, tmp_path / "adapter")
+    write_model_card(tmp_path / "adapter", facts)
+    for name in ("merged", "adapter"):
+        path = tmp_path / name / "README.md"
+        assert "lora-ogpsa" in _metadata(path)["tags"]
+        assert "safety-alignment" not in _metadata(path)["tags"]
+        assert "aligned" not in path.read_text() and "OGPSA" not in path.read_text()
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert f"A fine-tune of {result.merge.base}. Merged with lora_ogpsa." in text
 
 
 def test_card_table_cells_cannot_break_the_table(qlora, tmp_path):

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from lora_ogpsa.export.merge import MergeReport
     from lora_ogpsa.export.verify import VerificationReport
 
-TAGS = ["lora-ogpsa", "safety-alignment", "conversational"]
+TAGS = ["lora-ogpsa", "conversational", "lora"]
+SAFETY_TAG = "safety-alignment"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LIBRARIES = ("lora-ogpsa", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -32,9 +33,9 @@ def write_model_card(
     Args:
         folder: A merged model or a PEFT adapter; which of the two decides the metadata.
         facts: What the run knows, all of it optional: `base` (name), `license`, `language`,
-            `data` (text, or a mapping of role to data set), `ogpsa` (the settings), `training`
-            (other settings), `evaluation` ({measure: {"before": x, "after": y}}), `versions`
-            ({library: version}).
+            `data` (text, or a mapping of role to data set), `ogpsa` (the settings; without them
+            the card claims no alignment), `training` (other settings), `evaluation` ({measure:
+            {"before": x, "after": y}}), `versions` ({library: version}).
         merge: How it was merged.
         verification: How close the merged model is to the trained one.
         overwrite: Replace an existing card.
@@ -54,6 +55,7 @@ def write_model_card(
     is_adapter = (folder / "adapter_config.json").is_file()
     base = facts.get("base") or (merge.base if merge else None) or _named_base(folder)
     base = EMBEDDED_HUB_ID if base == "embedded" else base
+    protected = bool(facts.get("ogpsa"))
     data = ModelCardData(
         # The hub checks that this is a model id, which a folder is not.
         base_model=base if base and not Path(base).exists() else None,
@@ -62,10 +64,10 @@ def write_model_card(
         pipeline_tag="text-generation",
         license=facts.get("license"),
         language=facts.get("language"),
-        tags=[*TAGS, "lora"],
+        tags=[*TAGS, SAFETY_TAG] if protected else TAGS,
     )
     title = folder.name if merge is None else merge.output.name
-    sections = [f"# {title}", _introduction(base, is_adapter)]
+    sections = [f"# {title}", _introduction(base, is_adapter, protected)]
     sections += _mapping_section("Data", facts.get("data"))
     sections += _mapping_section("OGPSA settings", facts.get("ogpsa"))
     sections += _mapping_section("Contrast adapter", facts.get("contrast"))
@@ -144,10 +146,15 @@ def _named_base(folder: Path) -> str | None:
     return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
-def _introduction(base: str | None, is_adapter: bool) -> str:
+def _introduction(base: str | None, is_adapter: bool, protected: bool) -> str:
+    base = base or "a chat model"
+    if not protected:
+        if is_adapter:
+            return f"A LoRA adapter for {base}."
+        return f"A fine-tune of {base}. Merged with lora_ogpsa."
     kind = "A LoRA adapter for" if is_adapter else "A merged fine-tune of"
     return (
-        f"{kind} {base or 'a chat model'}, aligned for safety with lora_ogpsa: updates that would "
+        f"{kind} {base}, aligned for safety with lora_ogpsa: updates that would "
         "cost general capability were constrained during training (OGPSA, orthogonal gradient "
         "projection for safety alignment)."
     )
@@ -170,7 +177,7 @@ def _evaluation_section(value: Mapping[str, Mapping[str, Any]] | None) -> list[s
         for name, numbers in value.items()
     ]
     table = "\n".join(["| measure | before | after |", "|---|---|---|", *rows])
-    return ["## Evaluation", "Measured by the run itself, base model against aligned model.", table]
+    return ["## Evaluation", "Measured by the run itself, base model against trained model.", table]
 
 
 def _merge_section(merge: MergeReport, verification: VerificationReport | None) -> list[str]:
