@@ -10,7 +10,7 @@ import typer
 from lora_ogpsa.cli_errors import fail, one_line_errors
 
 if TYPE_CHECKING:
-    from lora_ogpsa.export import Quantisation, Tolerance
+    from lora_ogpsa.export import Quantisation
 
 
 @one_line_errors
@@ -53,12 +53,19 @@ def merge(
     ] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Largest mean KL allowed, nats per token [default: 0.02]."),
+        typer.Option(
+            min=0.0,
+            help="Largest mean KL allowed, nats per token [default: 0.02; 0.5 for a QLoRA adapter "
+            "in original weights].",
+        ),
     ] = None,
     min_top1: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, help="Smallest share of equal top-1 tokens allowed [default: 0.9]."
+            min=0.0,
+            max=1.0,
+            help="Smallest share of equal top-1 tokens allowed [default: 0.9; 0.6 for a QLoRA "
+            "adapter in original weights].",
         ),
     ] = None,
     compare: Annotated[
@@ -102,7 +109,8 @@ def merge(
         quantisation=_quantisation(quant_type, double_quant),
         verify=verify,
         prompts=None if prompts is None else _prompts(prompts),
-        tolerance=_tolerance(max_kl, min_top1),
+        max_kl=max_kl,
+        min_top1=min_top1,
         compare=compare,
         max_shard_size=max_shard_size,
         device=device,
@@ -134,16 +142,6 @@ def _quantisation(kind: str | None, double: bool | None) -> Quantisation | None:
     if kind not in ("nf4", "fp4"):
         fail(f"--quant-type should be nf4 or fp4. Found {kind!r}.")
     return Quantisation(quant_type=kind, double_quant=double is not False)
-
-
-def _tolerance(max_kl: float | None, min_top1: float | None) -> Tolerance | None:
-    from dataclasses import replace
-
-    from lora_ogpsa.export.verification import REPRODUCES
-
-    given = {"mean_kl": max_kl, "top1_agreement": min_top1}
-    changes = {name: value for name, value in given.items() if value is not None}
-    return replace(REPRODUCES, **changes) if changes else None
 
 
 def _prompts(path: Path) -> list[Any]:

@@ -318,6 +318,20 @@ def test_merge_of_several_adapters_on_own_prompts(trained: Path, tmp_path: Path)
     assert not (tmp_path / "strict").exists()
 
 
+def test_merges_limits_change_one_by_one(trained: Path, tmp_path: Path) -> None:
+    """A QLoRA adapter in original weights keeps the wider limit that is not given."""
+    adapter, merged = str(trained / "adapter"), tmp_path / "merged"
+    for option, value, allowed in (
+        ("--max-kl", "7", {"allowed_mean_kl": 7, "allowed_top1_agreement": 0.6}),
+        ("--min-top1", "0.25", {"allowed_mean_kl": 0.5, "allowed_top1_agreement": 0.25}),
+    ):
+        options = ["--strategy", "original", option, value, "--overwrite"]
+        done = _invoke("merge", adapter, str(merged), *options)
+        assert done.exit_code == 0, done.stderr
+        report = json.loads((merged / "merge_report.json").read_text())
+        assert allowed.items() <= report["verification"]["comparisons"][0].items()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -149,6 +149,23 @@ def test_original_strategy_is_held_to_both_references(qlora, tmp_path):
     assert exact.result.relative_error < trained.result.relative_error
 
 
+@pytest.mark.parametrize(
+    ("given", "trained", "exact"),
+    [
+        ({"max_kl": 7.0}, Tolerance(7.0, 0.6), Tolerance(7.0, 0.9)),
+        ({"min_top1": 0.25}, Tolerance(0.5, 0.25), Tolerance(0.02, 0.25)),
+        (
+            {"max_kl": 7.0, "tolerance": Tolerance(1.0, 0.1)},
+            Tolerance(7.0, 0.1),
+            Tolerance(7.0, 0.9),
+        ),
+    ],
+)
+def test_one_limit_leaves_the_other_as_it_was(given, trained, exact, qlora, tmp_path):
+    result = _export(qlora, tmp_path / "out", strategy="original", compare=False, **given)
+    assert [row.tolerance for row in result.verification.comparisons] == [trained, exact]
+
+
 def test_models_are_in_memory_one_after_the_other(qlora, tmp_path, monkeypatch):
     load = AutoModelForCausalLM.from_pretrained
     loaded, alive = [], []

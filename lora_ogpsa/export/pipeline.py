@@ -50,6 +50,8 @@ def export_merged(
     compare: bool = True,
     prompts: Sequence[Prompt] | None = None,
     tolerance: Tolerance | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
     answer_tokens: int = 16,
     verify_device: str | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -75,6 +77,8 @@ def export_merged(
             delete it again. It needs the merged model's size once more on the disk.
         prompts: See `verify_merge`.
         tolerance: See `verify_merge`.
+        max_kl: See `verify_merge`.
+        min_top1: See `verify_merge`.
         answer_tokens: See `verify_merge`.
         verify_device: The device of the verification; None: CUDA when there is one.
         facts: The run's facts for the model card; None: `ogpsa_run.json` beside the adapter.
@@ -117,6 +121,8 @@ def export_merged(
                         quantisation=report.quantisation,
                         prompts=prompts,
                         tolerance=tolerance,
+                        max_kl=max_kl,
+                        min_top1=min_top1,
                         other=other,
                         answer_tokens=answer_tokens,
                         device=verify_device,

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,6 +52,8 @@ def verify_merge(
     quantisation: Quantisation | None = None,
     prompts: Sequence[Prompt] | None = None,
     tolerance: Tolerance | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
     other: tuple[str, Path] | None = None,
     answer_tokens: int = 16,
     max_prompt_tokens: int = 256,
@@ -71,6 +74,8 @@ def verify_merge(
         prompts: Texts or message lists; None: eight built-in ones.
         tolerance: Limits of the comparison with the model as trained; None: `REPRODUCES`, or
             `SWAPPED_BASE` for a QLoRA adapter in its original weights.
+        max_kl: Replaces the mean KL in every row's limits; None: leaves them as they are.
+        min_top1: The same for the top-1 agreement.
         other: A name and a folder: a second merge that is measured and shown, without limits.
         answer_tokens: Length of the greedy answers.
         max_prompt_tokens: Longer prompts are cut at the front.
@@ -105,10 +110,13 @@ def verify_merge(
     scored = partial(_logits, sequences=sequences)
     result = _with_model(partial(_plain, Path(merged), **options), scored)
     label = "base in 4 bits + adapter" if quantisation else "base + adapter"
-    limit = tolerance or (SWAPPED_BASE if swapped else REPRODUCES)
+    limited = partial(_limited, max_kl=max_kl, min_top1=min_top1)
     rows = [
         Comparison(
-            f"merged ({strategy})", f"{label}, as trained", divergence(trained, result), limit
+            f"merged ({strategy})",
+            f"{label}, as trained",
+            divergence(trained, result),
+            limited(tolerance or (SWAPPED_BASE if swapped else REPRODUCES)),
         )
     ]
     if swapped:
@@ -118,7 +126,7 @@ def verify_merge(
                 f"merged ({strategy})",
                 "original base + adapter",
                 divergence(exact, result),
-                REPRODUCES,
+                limited(REPRODUCES),
             )
         )
     if other is not None:
@@ -133,6 +141,11 @@ def verify_merge(
             )
         )
     return VerificationReport(rows, prompts=len(prompts))
+
+
+def _limited(limit: Tolerance, *, max_kl: float | None, min_top1: float | None) -> Tolerance:
+    given = {"mean_kl": max_kl, "top1_agreement": min_top1}
+    return replace(limit, **{name: value for name, value in given.items() if value is not None})
 
 
 def _with_model(load: Callable[[], Any], compute: Callable[[Any], Found]) -> Found:
