@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> dic
         raise RunInterrupted(work.interrupted()) from None
 
 
+def _fixed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to stay the same between a run and its resumption; the merge comes last."""
+    return {key: value for key, value in raw.items() if key != "merge"}
+
+
 class _Run:
     """The parts of one run and where they lie."""
 
@@ -109,6 +115,7 @@ class _Run:
             what="run",
             overwrite=overwrite,
             resume=resume,
+            relevant=_fixed,
         )
         self.resume = resume
 
@@ -150,7 +157,7 @@ class _Run:
             if arm == self.recipe.arms[0] and previous is not None:
                 self._publish(previous, f"{arm}/{stages[-1].name}")
         if self.recipe.merge is not None:
-            self._merge()
+            self._merge_or_report()
         content = self._report(finished=True)
         write_report(self.folder)
         self._print(content)
@@ -226,10 +233,26 @@ class _Run:
                 write_json(partial / RUN_FILE, facts)
             write_model_card(partial, facts)
 
+    def _merge_or_report(self) -> None:
+        try:
+            self._merge()
+        except Exception:
+            # All that was trained and measured is complete, and worth its report.
+            self._report()
+            write_report(self.folder)
+            say(
+                f"the merge failed. Everything before it: {self.folder / HTML_FILE}. The same "
+                "command with --resume repeats the merge; so that it ends without one, put "
+                "`merge: false` into the recipe first."
+            )
+            raise
+
     def _merge(self) -> None:
         target = self.folder / "merged"
-        if (target / REPORT_JSON).is_file():
-            self._heading("merging: done already")
+        done = target / REPORT_JSON
+        if done.is_file():
+            dtype = json.loads(done.read_text(encoding="utf-8"))["merge"]["dtype"]
+            self._heading(f"merging: done already, in {dtype}")
             return
         dtype = self.recipe.merge or "bfloat16"
         self._heading(f"merging in {dtype}, reloading, comparing with the trained model")

@@ -104,12 +104,15 @@ def results_page(
 
 
 def merge_line(content: Mapping[str, Any]) -> str:
-    """How the reloaded merged model compares with the trained one, in a sentence."""
+    """How the reloaded merged model compares with the trained one, in a sentence, or nothing."""
     if not content["merge"]:
         return ""
-    row = content["merge"]["verification"]["comparisons"][0]
+    dtype, verification = content["merge"]["merge"]["dtype"], content["merge"]["verification"]
+    if verification is None:
+        return f"The merged {dtype} model was not compared with the trained one (--no-verify)."
+    row = verification["comparisons"][0]
     return (
-        f"Reloaded with plain transformers, the merged {content['merge']['merge']['dtype']} model "
+        f"Reloaded with plain transformers, the merged {dtype} model "
         f"prefers the trained model's token at {100 * row['top1_agreement']:.1f} % of "
         f"{row['positions']} positions of prompts and greedy answers; mean KL "
         f"{row['mean_kl']:.1e} nats per token."

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lora_ogpsa.console import StopAtNonFinite, TrainingError
-from lora_ogpsa.errors import ConfigError, DataError, ModelError, OGPSAError
+from lora_ogpsa.errors import ConfigError, DataError, ExportError, ModelError, OGPSAError
+from lora_ogpsa.export import Tolerance, export_merged
 from lora_ogpsa.measure import recipe_suite
 from lora_ogpsa.recipe import parse_recipe
 from lora_ogpsa.run import RunInterrupted, run
@@ -325,6 +326,40 @@ def test_resume_refuses_another_recipe(tmp_path: Path, tiny_folder: Path) -> Non
     (out / "other.txt").write_text("mine")
     with pytest.raises(ConfigError, match="no run to resume"):
         _run(raw, resume=True)
+
+
+def test_a_run_whose_merge_fails_is_reported_and_can_be_finished(
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, max_steps=1, merge="bfloat16")
+    raw["evaluation"] = {"max_new_tokens": 6, "measures": {"harmful": raw["dataset_name"]}}
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        # No merge agrees this well.
+        patched.setattr("lora_ogpsa.export.verify.REPRODUCES", Tolerance(0.0, 1.01))
+        with pytest.raises(ExportError, match="does not reproduce"):
+            _run(raw)
+        assert "put `merge: false` into the recipe" in " ".join(capsys.readouterr().err.split())
+        page = (out / "report.html").read_text()
+        assert "harmful refused" in page and "The run is not finished" in page
+        assert json.loads((out / "results.json").read_text())["merge"] is None
+        trained = (out / "adapter/adapter_model.safetensors").stat().st_mtime_ns
+        with pytest.raises(ExportError, match="does not reproduce"):
+            _run(raw, resume=True)
+
+    unmerged = _run({**raw, "merge": False}, resume=True)
+    assert unmerged["finished"] is True and unmerged["merge"] is None
+    export_merged(out / "adapter", out / "merged", dtype="float16", verify=False, progress=False)
+    results = _run(raw, resume=True)
+    assert results["merge"]["merge"]["dtype"] == "float16"
+    assert "merging: done already, in float16" in capsys.readouterr().err
+    sentence = "The merged float16 model was not compared with the trained one"
+    assert sentence in (out / "results.md").read_text()
+    assert sentence in (out / "report.html").read_text()
+    assert (out / "adapter/adapter_model.safetensors").stat().st_mtime_ns == trained
 
 
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
