@@ -214,6 +214,24 @@ def test_two_adapters_at_weight_one_compute_what_peft_computes_with_both_active(
     torch.testing.assert_close(_logits(merged), _logits(model.eval()), atol=2e-5, rtol=1e-4)
 
 
+def test_more_than_ten_adapters_do_not_get_in_each_others_way(bases, tmp_path):
+    """Numbered names contain one another from the eleventh on."""
+    base = bases["untied"]
+    adapters = [
+        _adapter(tmp_path / f"a{number}", base, seed=number, target_modules=[module])
+        for number, module in enumerate(["q_proj", "v_proj"] * 6)
+    ]
+    _merge([(adapter, 0.5) for adapter in adapters], tmp_path / "out", base=base)
+    start, merged = (load_file(p / "model.safetensors") for p in (base, tmp_path / "out"))
+    for first, module in enumerate(["q_proj", "v_proj"]):
+        name = f"model.layers.1.self_attn.{module}.weight"
+        expected = start[name].clone()
+        for adapter in adapters[first::2]:
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+            expected += 0.5 * (model.merge_and_unload().state_dict()[name] - start[name])
+        torch.testing.assert_close(merged[name], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_trained_biases_of_the_base_are_merged_whole_or_not_at_all(bias, bases, tmp_path):
     base = bases["qwen2"]

@@ -133,7 +133,7 @@ class AdaptedSkeleton:
             absent = [
                 key
                 for key, p in self._peft.named_parameters()
-                if f".{name}" in key and p.device.type == "meta"
+                if name in key.split(".") and p.device.type == "meta"
             ]
             # With a resized vocabulary PEFT saves whole modules a second time, under other keys.
             homeless = [key for key in result.unexpected_keys if "lora_" in key]
