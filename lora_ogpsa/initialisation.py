@@ -6,7 +6,7 @@ from typing import Any
 
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ...)
 # subtract something from the base, and with the adapter off that something is missing.
-PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def base_is_kept(model: Any) -> bool:

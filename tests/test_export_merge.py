@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +32,7 @@ from lora_ogpsa import models
 from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export import Quantisation, describe_quantisation, merge_adapter
 from lora_ogpsa.export.checkpoint import parse_size
+from lora_ogpsa.initialisation import base_is_kept
 from lora_ogpsa.quantised import keep_differentiable
 
 VOCAB = 96
@@ -212,6 +214,23 @@ def test_two_adapters_at_weight_one_compute_what_peft_computes_with_both_active(
     _merge([(first, 1), (second, 1)], tmp_path / "out", base=base)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(_logits(merged), _logits(model.eval()), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(LoraLayer, "mica_init"), reason="this PEFT has no MiCA")
+def test_mica_reads_the_base_and_leaves_it_alone(bases, tmp_path):
+    base = bases["untied"]
+    before = _logits(AutoModelForCausalLM.from_pretrained(base))
+    config = LoraConfig(r=8, target_modules=["q_proj"], init_lora_weights="mica")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    assert base_is_kept(model)
+    torch.testing.assert_close(_logits(model), before, atol=0, rtol=0)
+    with _randomise(model).disable_adapter():
+        torch.testing.assert_close(_logits(model), before, atol=0, rtol=0)
+    model.save_pretrained(tmp_path / "adapter")
+    _merge(tmp_path / "adapter", tmp_path / "out", base=base)
+    merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert (merged - before).abs().max() > 1e-2
+    torch.testing.assert_close(merged, _logits(model), atol=2e-5, rtol=1e-4)
 
 
 def test_more_than_ten_adapters_do_not_get_in_each_others_way(bases, tmp_path):
