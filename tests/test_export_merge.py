@@ -366,6 +366,11 @@ def test_a_base_stored_in_4_bits_is_merged_from_its_own_weights(bases, tmp_path)
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     with pytest.raises(ExportError, match="no original weights"):
         _merge(tmp_path / "a", tmp_path / "x", base=tmp_path / "base", strategy="original")
+    # On record as trained on 16 bits, which `auto` would merge into the original weights.
+    (tmp_path / "a" / "ogpsa_run.json").write_text('{"quantisation": null}')
+    with pytest.raises(ExportError, match="no original weights"):
+        _merge(tmp_path / "a", tmp_path / "x", base=tmp_path / "base")
+    assert not (tmp_path / "x").exists()
 
 
 def test_auto_says_when_nothing_is_known_about_the_training(bases, adapter, tmp_path):

@@ -221,11 +221,6 @@ def choose_strategy(
             "No record says how the base was quantised during training; NF4 with double "
             "quantisation, transformers' and this library's QLoRA setting, was assumed."
         )
-    if strategy == "original" and packed:
-        raise ExportError(
-            "the base's files hold 4-bit weights, so there are no original weights in it. Pass the "
-            "16-bit model as --base, or use --strategy dequantised."
-        )
     if strategy == "auto" and quantisation is None and origin == "nothing recorded":
         notes.append(
             "No record says that the adapter was trained on 4-bit weights, so it was merged into "
@@ -233,6 +228,11 @@ def choose_strategy(
         )
     if strategy == "auto":
         strategy = "original" if quantisation is None else "dequantised"
+    if strategy == "original" and packed:
+        raise ExportError(
+            "the base's files hold 4-bit weights, so there are no original weights in it. Pass the "
+            "16-bit model as --base, or use --strategy dequantised."
+        )
     return strategy, quantisation, notes
 
 
