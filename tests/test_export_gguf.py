@@ -167,6 +167,24 @@ def test_tied_head_is_stored_once_even_if_the_checkpoint_has_it_twice(folders, t
     assert "output.weight" not in _read(path)[1]
 
 
+def test_buffers_of_older_checkpoints_are_left_out(folders, tmp_path):
+    shutil.copytree(folders / "llama", tmp_path / "model")
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "model" / "model.safetensors"
+    old = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8),
+        "model.layers.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+        "model.layers.0.attention.masked_bias": torch.tensor(-1e9),
+    }
+    save_file({**load_file(file), **old}, file, metadata={"format": "pt"})
+    files = [
+        export_gguf(folder, tmp_path / f"{name}.gguf", name="m", progress=False).read_bytes()
+        for name, folder in (("new", folders / "llama"), ("old", tmp_path / "model"))
+    ]
+    assert files[0] == files[1]
+
+
 def test_values_beyond_float16_are_refused(folders, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folders / "llama")
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # What gguf.quants can write without a compiled library, by llama.cpp's names.
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 _FOUR_AND_FIVE_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
+# Buffers that older checkpoints hold, by the end of their names: computed from the config, and
+# left out by llama.cpp's converter too.
+_COMPUTED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def export_gguf(
     tensors: list[tuple[str, Callable[[], torch.Tensor], GGMLQuantizationType]] = []
     total = 0
     for key in reader.keys:
-        if key == "lm_head.weight" and config.tie_word_embeddings:
+        twice = key == "lm_head.weight" and config.tie_word_embeddings
+        if twice or key.endswith(_COMPUTED):
             continue
         shape, qtype = reader.shape(key), _tensor_type(key, reader.shape(key), type)
         total += _add_info(writer, names.name(key), shape, qtype)
