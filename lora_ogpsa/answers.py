@@ -13,7 +13,7 @@ from typing import Any
 # At the top, because importing rich draws from Python's random numbers, which a run must not do.
 from rich.progress import track
 
-from lora_ogpsa.fingerprints import fingerprint
+from lora_ogpsa.fingerprints import fingerprint, require_switch
 from lora_ogpsa.generation import greedy_replies, stop_tokens
 
 
@@ -29,8 +29,12 @@ def base_mode(model: Any) -> Iterator[None]:
     PEFT's own switch takes a census of all layers and rewrites every ``requires_grad``, a tenth of
     a second on a small model; for LoRA, the flag that its layers look at is enough. Elsewhere the
     ``requires_grad`` that PEFT rewrites is restored, so that what was frozen by hand stays frozen.
+
+    Raises:
+        ModelError: the adapter's layers are there without PEFT's switch.
     """
     if not hasattr(model, "disable_adapter"):
+        require_switch(model)
         yield
         return
     if _is_plain_lora(model):

@@ -31,11 +31,12 @@ def fingerprint(model: nn.Module, *, base: bool = False) -> str:
 
     Raises:
         ModelError: weights are offloaded (on the meta device), or `base` is asked for and an
-            adapter is merged into the base weights.
+            adapter is merged into the base weights or cannot be switched off.
     """
     layers = dict(adapter_layers(model))
     if base:
         require_unmerged(model)
+        require_switch(model)
     digest = hashlib.sha256()
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
@@ -74,6 +75,27 @@ def require_unmerged(model: nn.Module) -> None:
             f"The adapter is merged into {len(merged)} layers (the first is `{merged[0]}`), so "
             "the base model's weights are not there to be evaluated. Call "
             "`model.unmerge_adapter()` first."
+        )
+
+
+def require_switch(model: nn.Module) -> None:
+    """Make sure that the adapters of `model` are off, or can be switched off from outside.
+
+    transformers puts adapters into its models by itself: `load_adapter`, `add_adapter`, and
+    `from_pretrained` of a hub id that is an adapter's. Such a model has layers, but not PEFT's
+    switch, and would pass for its own base.
+
+    Raises:
+        ModelError: one is on and stays on.
+    """
+    if hasattr(model, "disable_adapter"):
+        return
+    on = [name for name, layer in adapter_layers(model) if not layer.disable_adapters]
+    if on:
+        raise ModelError(
+            f"The model has {len(on)} adapter layers (the first is `{on[0]}`) and is no "
+            "`PeftModel`, so its adapter cannot be switched off to get at the base model. Load "
+            "the base model alone and put the adapter on it with peft.PeftModel.from_pretrained."
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lora_ogpsa.errors import ModelError, one_line
+from lora_ogpsa.fingerprints import adapter_layers
 from lora_ogpsa.quantised import keep_differentiable
 
 EMBEDDED = "embedded"
@@ -59,7 +60,8 @@ def load_model(
         The model in eval mode on `device`, and the tokenizer, which always has a pad token.
 
     Raises:
-        ModelError: model or tokenizer cannot be found or loaded, or an argument is unknown.
+        ModelError: model or tokenizer cannot be found or loaded, it is an adapter, or an argument
+            is unknown.
     """
     if bnb_4bit_quant_type not in ("nf4", "fp4"):
         raise ModelError(f"unknown bnb_4bit_quant_type {bnb_4bit_quant_type!r}; use nf4 or fp4")
@@ -87,6 +89,9 @@ def load_model(
             raise ModelError(
                 f"cannot load {source}{bits} on {target}: {one_line(error)}"
             ) from error
+    # transformers takes an adapter's hub id too, and the result could not be told from its base.
+    if any(adapter_layers(model)):
+        raise _is_adapter(name)
     if load_in_4bit and target.type == "cpu":
         keep_differentiable(model)
     _ensure_pad_token(tokenizer, model, source)
@@ -142,16 +147,20 @@ def _checked_source(name: str) -> str:
         if (path / "config.json").is_file():
             return str(path)
         if (path / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{name} holds a LoRA adapter, not a model; load its base model and put the "
-                "adapter on it with peft.PeftModel.from_pretrained"
-            )
+            raise _is_adapter(name)
         raise ModelError(f"{name} is not a model folder: it has no config.json")
     if path.exists():
         raise ModelError(f"{name} is a file; give the folder that holds config.json")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(f"model folder not found: {name}")
     return name
+
+
+def _is_adapter(name: str) -> ModelError:
+    return ModelError(
+        f"{name} holds a LoRA adapter, not a model; load its base model and put the adapter on it "
+        "with peft.PeftModel.from_pretrained"
+    )
 
 
 def _ensure_pad_token(tokenizer: Any, model: Any, source: str) -> None:

@@ -10,6 +10,7 @@ The factories return fresh objects, so a test may change what it gets:
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,27 @@ def tiny_folder(
     tiny_model().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
+    """Puts a folder under a hub id into a hub cache of the test's own, as if downloaded before."""
+    import huggingface_hub
+
+    cache = tmp_path / "hub_cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+    def put(name: str, folder: Path) -> None:
+        repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        if not (folder / "config.json").exists():
+            # The client's own note that the hub was asked and has none.
+            (repository / ".no_exist" / commit).mkdir(parents=True)
+            (repository / ".no_exist" / commit / "config.json").touch()
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora_ogpsa.answers import base_mode
 from lora_ogpsa.errors import ModelError
 from lora_ogpsa.evaluation import fingerprint
 from lora_ogpsa.evaluation.store import Section, Store
@@ -183,6 +184,22 @@ def test_a_merged_adapter_has_no_base_to_evaluate(tiny_peft):
     model.merge_adapter()
     with pytest.raises(ModelError, match="merged into 14 layers.*unmerge_adapter"):
         fingerprint(model, base=True)
+
+
+def test_an_adapter_that_stays_on_has_no_base_to_evaluate(tiny_model, tiny_peft, tmp_path):
+    tiny_peft(warm=True).save_pretrained(tmp_path)
+    model = tiny_model()
+    bare = fingerprint(model, base=True)
+    with base_mode(model):  # nothing to switch off
+        pass
+    model.load_adapter(str(tmp_path))  # transformers' own way: layers without PEFT's switch
+    assert fingerprint(model) != bare
+    with pytest.raises(ModelError, match="14 adapter layers.*no `PeftModel`.*from_pretrained"):
+        fingerprint(model, base=True)
+    with pytest.raises(ModelError, match="no `PeftModel`"), base_mode(model):
+        pass
+    model.disable_adapters()
+    assert fingerprint(model, base=True) == bare
 
 
 def test_offloaded_weights_are_refused():

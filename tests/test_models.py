@@ -222,6 +222,21 @@ def test_folders_that_are_no_model(tmp_path, tiny_folder, tiny_peft):
         load_model(str(tiny_folder / "config.json"))
 
 
+def test_the_hub_id_of_an_adapter_is_no_model(
+    tmp_path, tiny_folder, tiny_peft, tiny_tokenizer, on_hub
+):
+    """transformers loads the base and the adapter into it, which nothing in the name tells."""
+    model = tiny_peft()
+    model.peft_config["default"].base_model_name_or_path = str(tiny_folder)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer.save_pretrained(tmp_path / "adapter")
+    on_hub("someone/adapter", tmp_path / "adapter")
+    with pytest.raises(ModelError, match="someone/adapter holds a LoRA adapter, not a model"):
+        load_model("someone/adapter", device="cpu")
+    on_hub("someone/model", tiny_folder)
+    assert load_model("someone/model", device="cpu")[0].config.vocab_size == 512
+
+
 def test_folder_without_tokenizer(tmp_path, tiny_model):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no usable tokenizer in") as caught:
