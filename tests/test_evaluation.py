@@ -124,6 +124,26 @@ def test_refusals_are_counted_by_kind(tiny_model, tiny_tokenizer):
     assert [sample.prompt for sample in result.samples] == [row["prompt"] for row in PROMPTS]
 
 
+def test_a_measure_given_as_an_object_goes_by_its_name_too(tiny_model, tiny_tokenizer):
+    judge = scripted(PROMPTS, [True] * 6)
+    measures = {
+        "harmful": MeasureSpec("refusal", PROMPTS),
+        "harmless_look_alikes": MeasureSpec("refusal", PROMPTS),
+        "harmless_lies": MeasureSpec("refusal", PROMPTS, want="refuse"),
+    }
+    result = run(tiny_model(), tiny_tokenizer, measures, judge=judge)
+    assert {name: m.better for name, m in result.measures.items()} == {
+        "harmful.refused": "higher",
+        "harmless_look_alikes.refused": "lower",
+        "harmless_look_alikes.refused.a": "lower",
+        "harmless_look_alikes.refused.b": "lower",
+        "harmless_lies.refused": "higher",
+    }
+    judge.verdict = "safe"
+    with pytest.raises(ConfigError, match="`harmless_look_alikes` asks whether"):
+        run(tiny_model(), tiny_tokenizer, measures, judge=judge)
+
+
 def test_harmful_prompts_are_split_only_where_asked(tiny_model, tiny_tokenizer):
     rows = [{"prompt": "a", "category": "x"}, {"prompt": "b", "category": None}]
     plain = run(tiny_model(), tiny_tokenizer, {"harmful": rows})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ class EvaluationSuite:
 
 def _read_spec(name: str, spec: Any) -> MeasureSpec:
     if isinstance(spec, MeasureSpec):
-        return spec
+        return _with_want(name, spec)
     if isinstance(spec, Mapping):
         settings = _known(MeasureSpec, spec, f"The measure `{name}`")
     elif name == "lm_eval":
@@ -218,12 +218,17 @@ def _read_spec(name: str, spec: Any) -> MeasureSpec:
                 f"{list(_KINDS)}. Only the names {list(_KIND_BY_NAME)} stand for themselves."
             )
         settings["measure"] = _KIND_BY_NAME[name]
-    if settings["measure"] == "refusal" and settings.get("want") is None:
-        settings["want"] = "answer" if name.startswith("harmless") else "refuse"
     try:
-        return MeasureSpec(**settings)
+        return _with_want(name, MeasureSpec(**settings))
     except ConfigError as error:
         raise ConfigError(f"The measure `{name}`: {error}") from error
+
+
+def _with_want(name: str, spec: MeasureSpec) -> MeasureSpec:
+    """`spec` with what its name says is right, where it does not say so itself."""
+    if spec.measure != "refusal" or spec.want is not None:
+        return spec
+    return replace(spec, want="answer" if name.startswith("harmless") else "refuse")
 
 
 def _spec_dict(spec: MeasureSpec) -> dict[str, Any]:
