@@ -13,7 +13,9 @@ import torch
 from lora_ogpsa.errors import ModelError
 from lora_ogpsa.evaluation import EvaluationResult, EvaluationSuite
 from lora_ogpsa.evaluation import evaluate as evaluate_model
+from lora_ogpsa.export.empty_model import embedding_rows
 from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
+from lora_ogpsa.export.sources import ADAPTER_CONFIG
 from lora_ogpsa.models import load_model
 from lora_ogpsa.recipe import Recipe, load_recipe
 from lora_ogpsa.stages import cpu_computes_bfloat16, with_adapter
@@ -38,6 +40,9 @@ def measure_model(
 ) -> dict[str, EvaluationResult]:
     """Evaluate a model, or an adapter beside its base.
 
+    Both are asked through the adapter's tokenizer where one is saved with it, as `merge` takes it:
+    training may have added a chat template or tokens.
+
     Args:
         name: adapter folder, model folder, hub id, or ``embedded``.
         recipe: whose ``evaluation:`` section says what is measured.
@@ -55,8 +60,8 @@ def measure_model(
     suite = suite or quicker(EvaluationSuite.default())
     if limit is not None:
         suite = _limited(suite, limit)
-    adapter = Path(name)
-    if not (adapter / "adapter_config.json").is_file():
+    adapter = _adapter_folder(name)
+    if adapter is None:
         if weights:
             raise ModelError(f"{name} is no adapter folder: there is nothing to apply at a weight.")
         model, tokenizer = load_model(name, load_in_4bit=bool(load_in_4bit))
@@ -70,8 +75,11 @@ def measure_model(
         load_in_4bit=load_in_4bit,
         bnb_4bit_quant_type=chosen.quant_type,
         bnb_4bit_use_double_quant=chosen.double_quant,
+        tokenizer_folder=adapter if (adapter / "tokenizer_config.json").is_file() else None,
     )
+    _resize(model, adapter)
     model = with_adapter(model, adapter, trainable=False)
+    heading = Path(name).name
     columns = {}
     # Beforehand, so that a wrong weight is known before hours of evaluation.
     for weight in weights:
@@ -80,9 +88,9 @@ def measure_model(
     columns["base"] = evaluate_model(model, tokenizer, suite, base=True)
     for weight in weights:
         with at_strength(model, weight):
-            columns[f"{adapter.name} x {weight:g}"] = evaluate_model(model, tokenizer, suite)
+            columns[f"{heading} x {weight:g}"] = evaluate_model(model, tokenizer, suite)
     if not weights:
-        columns[adapter.name] = evaluate_model(model, tokenizer, suite)
+        columns[heading] = evaluate_model(model, tokenizer, suite)
     return columns
 
 
@@ -101,9 +109,44 @@ def quicker(suite: EvaluationSuite) -> EvaluationSuite:
     return replace(suite, autocast="bfloat16")
 
 
+def _adapter_folder(name: str) -> Path | None:
+    """The folder of an adapter, downloaded if `name` is its hub id; `None` if it is a model's."""
+    folder = Path(name)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    if folder.exists() or name.count("/") != 1:
+        return None
+    from huggingface_hub import snapshot_download
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        if find_adapter_config_file(name) is None:
+            return None
+        # Of a training's folder the adapter alone, without the checkpoints below it.
+        return Path(snapshot_download(name, ignore_patterns=["*/*"]))
+    except (OSError, ValueError):  # also what the hub's client raises of names it does not take
+        return None  # loading the model says what is wrong
+
+
+def _resize(model: Any, adapter: Path) -> None:
+    """Give `model` as many tokens as the embeddings that were saved with the adapter, if any."""
+    from peft import load_peft_weights
+
+    try:
+        rows = embedding_rows(model, [load_peft_weights(str(adapter), device="cpu")])
+    except (OSError, ValueError, RuntimeError):
+        return  # putting the adapter on the model says what is wrong
+    if rows is None or rows == model.get_input_embeddings().num_embeddings:
+        return
+    # Seeded: the base has no such tokens, and is to be the same model every time.
+    with torch.random.fork_rng([] if model.device.type == "cpu" else [model.device]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
 def _training_of(adapter: Path) -> tuple[str, Quantisation | None]:
     """The base that an adapter names, and how it was quantised in training if that is known."""
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{adapter} does not name its base model in adapter_config.json")

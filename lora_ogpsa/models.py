@@ -44,6 +44,7 @@ def load_model(
     device: str | None = None,
     bnb_4bit_quant_type: str = "nf4",
     bnb_4bit_use_double_quant: bool = True,
+    tokenizer_folder: Path | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, ready for training or evaluation.
 
@@ -55,6 +56,7 @@ def load_model(
             own one in a distributed run), otherwise the CPU.
         bnb_4bit_quant_type: "nf4" or "fp4".
         bnb_4bit_use_double_quant: also quantise the quantisation constants.
+        tokenizer_folder: where the tokenizer is if it is not the model's own.
 
     Returns:
         The model in eval mode on `device`, and the tokenizer, which always has a pad token.
@@ -68,13 +70,16 @@ def load_model(
     target = _device(device)
     options: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": {"": target}}
     source = str(embedded_folder()) if name == EMBEDDED else _checked_source(name)
+    tokenizer_source = source if tokenizer_folder is None else str(tokenizer_folder)
     with _quiet_bitsandbytes():
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
         except Exception as error:  # the hub client, tokenizers and transformers share no base
-            raise ModelError(f"no usable tokenizer in {source}: {one_line(error)}") from error
+            raise ModelError(
+                f"no usable tokenizer in {tokenizer_source}: {one_line(error)}"
+            ) from error
         try:
             if load_in_4bit:
                 options["quantization_config"] = BitsAndBytesConfig(
@@ -94,7 +99,7 @@ def load_model(
         raise _is_adapter(name)
     if load_in_4bit and target.type == "cpu":
         keep_differentiable(model)
-    _ensure_pad_token(tokenizer, model, source)
+    _ensure_pad_token(tokenizer, model, tokenizer_source)
     return model, tokenizer
 
 
