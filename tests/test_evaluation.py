@@ -5,9 +5,12 @@ import json
 import math
 import re
 from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from lora_ogpsa.errors import ConfigError, DataError
 from lora_ogpsa.evaluation import (
@@ -22,6 +25,7 @@ from lora_ogpsa.evaluation import (
 )
 from lora_ogpsa.evaluation import generate as generate_module
 from lora_ogpsa.evaluation.progress import Progress
+from lora_ogpsa.evaluation.session import item_keys
 
 PROMPTS = [{"prompt": f"Tell me about topic {i}.", "kind": "ab"[i % 2]} for i in range(6)]
 ANSWERED = [{**row, "completion": f"Topic {i} is long" + "!" * i} for i, row in enumerate(PROMPTS)]
@@ -354,6 +358,23 @@ def test_rows_are_filtered_before_they_are_limited(tiny_model, tiny_tokenizer, t
     assert len(prompts) == 3
     with pytest.raises(DataError, match=r"`harmful` has no rows with \{'kind': 'c'\}"):
         run(tiny_model(), tiny_tokenizer, {"harmful": {**spec, "where": {"kind": "c"}}})
+
+
+def test_rows_of_tables_hold_more_than_json_knows(tiny_model, tiny_tokenizer, tmp_path):
+    rows = [
+        {**row, "seen": datetime(2024, 1, 1 + i), "image": b"\xff", "price": Decimal("1.50")}
+        for i, row in enumerate([ANSWERED[0], ANSWERED[0], ANSWERED[1]])
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    measures = {"general": rows, "file": {"measure": "nll", "data": str(tmp_path / "rows.parquet")}}
+    result = run(tiny_model(), tiny_tokenizer, measures)
+    keys = [item.key for item in result.items["general.nll"]]
+    assert len(set(keys)) == 3  # rows that differ in such a field alone stay apart
+    assert [item.value for item in result.items["file.nll"]] == [
+        item.value for item in result.items["general.nll"]
+    ]
+    # Keys of plain rows pair results with those saved before.
+    assert item_keys([{"prompt": "é", "n": [1, None, 2.5]}]) == ["bb11b0081204c734"]
 
 
 @pytest.mark.parametrize("kind", ["nll", "numeric", "divergence"])

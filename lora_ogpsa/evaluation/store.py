@@ -14,8 +14,11 @@ _VERSION = 1
 
 
 def content_key(*parts: Any) -> str:
-    """SHA-256 over JSON-able `parts`: equal content, equal key; anything else, another key."""
-    text = json.dumps([_VERSION, *parts], sort_keys=True, ensure_ascii=False)
+    """SHA-256 over `parts`: equal content, equal key; anything else, another key.
+
+    Values that JSON does not know are taken as text: rows of tables hold dates, bytes, decimals.
+    """
+    text = json.dumps([_VERSION, *parts], sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
