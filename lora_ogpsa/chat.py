@@ -207,8 +207,8 @@ def encode(
     The prompt ends where the model is to go on (the template's generation prompt). The answer
     ends with the end-of-turn token that the template renders; a line break that the template puts
     after it is left out, as a model stops at that token and never writes it. An answer that is
-    too long is cut at the end, a prompt never. Without a chat template the text is
-    "user\n\nanswer" and the end-of-sequence token.
+    too long is cut at the end, a prompt never. Models that can think before they answer are told
+    not to. Without a chat template the text is "user\n\nanswer" and the end-of-sequence token.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -271,7 +271,11 @@ def _render(tokenizer: Any, messages: list[dict], name: str, **options: bool) ->
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        # A template that thinks by default would leave no room for the answer, and would end
+        # prompts elsewhere than before the answers of rows, which hold no thoughts.
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, enable_thinking=False, **options
+        )
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in messages)
         raise DataError(

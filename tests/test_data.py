@@ -367,6 +367,31 @@ def test_encode_where_the_template_rewrites_the_prompt(with_template):
     assert tokenizer.decode(answer) == "Hello<|im_end|>"
 
 
+# As Qwen3's: the last answer has a block of thoughts, and a prompt an open one unless told not to.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
+)
+
+
+def test_encode_tells_a_thinking_model_not_to(with_template):
+    tokenizer = with_template(THINKING)
+    prompt, none = encode(tokenizer, [USER], None, max_length=256)
+    assert none == []
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert tokenizer.decode(prompt) == text
+    again, answer = encode(tokenizer, [USER], "Hello.", max_length=256)
+    assert again == prompt
+    assert tokenizer.decode(answer) == "Hello.<|im_end|>"
+    row = [USER, bot("Hello.")]  # as it is rendered in training
+    whole = tokenizer.apply_chat_template(row, tokenize=True, return_dict=False)
+    assert whole[: len(prompt + answer)] == prompt + answer
+
+
 def test_encode_reports_a_template_that_refuses_a_role(with_template):
     tokenizer = with_template("{{ raise_exception('System role not supported') }}")
     with pytest.raises(DataError, match=r"row: .* \(system, user\): System role not supported"):
