@@ -1,22 +1,27 @@
 """Judges: phrases, an endpoint, a model in a folder; and numbers as the harness reads them."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from lora_ogpsa import models
 from lora_ogpsa.data import load_rows
 from lora_ogpsa.errors import ConfigError, OGPSAError
 from lora_ogpsa.evaluation import (
     EndpointJudge,
+    EvaluationSuite,
     LocalJudge,
     RefusalPhraseJudge,
+    evaluate,
     make_judge,
     model_judges,
 )
 from lora_ogpsa.evaluation.exact import gold_number, last_number, strict_number
 from lora_ogpsa.evaluation.generate import Answer
+from lora_ogpsa.models import load_model
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -238,6 +243,42 @@ def test_a_local_judge_is_known_by_its_weights(tiny_folder, tiny_model, tiny_tok
     identities = {LocalJudge(str(folder)).identity for folder in (tiny_folder, tmp_path)}
     identities.add(LocalJudge(str(tmp_path), question="{answer}?").identity)
     assert len(identities) == 3
+
+
+def test_a_local_judge_is_loaded_once_for_all_measures(
+    tiny_folder, tiny_model, tiny_tokenizer, tmp_path, monkeypatch
+):
+    shutil.copytree(tiny_folder, tmp_path / "judge")
+    loads = []
+    monkeypatch.setattr(
+        models, "load_model", lambda name: loads.append(name) or load_model(name, device="cpu")
+    )
+    spec = {"kind": "local", "name": str(tmp_path / "judge")}
+    other = {**spec, "question": "{answer}?"}
+    rows = [{"prompt": f"Tell me about topic {i}."} for i in range(2)]
+
+    def judged(prompts, **judge):
+        measures = {
+            "harmful": {"data": prompts, **judge},
+            "harmless": {"data": rows, **judge},
+        }
+        suite = EvaluationSuite(measures, judge=dict(spec), max_new_tokens=2)
+        cache = tmp_path / "cache"
+        return evaluate(tiny_model(), tiny_tokenizer, suite, cache_dir=cache, progress=False)
+
+    first = judged(rows)
+    assert len(loads) == 1
+    assert make_judge(spec)._loaded is None  # training may need the memory
+    assert judged(rows).samples == first.samples
+    assert len(loads) == 1  # every verdict is known, and so is the judge
+    judged([{"prompt": "Something new"}])
+    assert len(loads) == 2
+    judged(rows, judge=other)
+    assert len(loads) == 3
+    identity = make_judge(spec).identity
+    assert len(loads) == 3
+    tiny_model(seed=5).save_pretrained(tmp_path / "judge")
+    assert make_judge(spec).identity != identity
 
 
 def test_judges_are_made_from_descriptions():

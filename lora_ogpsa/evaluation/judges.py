@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lora_ogpsa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lora_ogpsa.evaluation.model_judges import LocalJudge
 
 Pair = tuple[str, str]
 _QUOTES = str.maketrans({0x2018: "'", 0x2019: "'"})  # typographic to plain apostrophes
 _WINDOW = 240  # characters of an answer that the phrase judge reads
+_LOCAL: dict[str, LocalJudge] = {}  # made from descriptions, each of which stands for one
 
 
 class Judge(Protocol):
@@ -129,7 +135,9 @@ class RefusalPhraseJudge:
 
 
 def make_judge(spec: Any) -> Judge:
-    """The judge that `spec` describes.
+    """The judge that `spec` describes; the same one again where a local model is described.
+
+    Its weights are then loaded and hashed once for all measures that name it.
 
     Args:
         spec: ``"phrases"``; a mapping with ``kind`` (``"phrases"``, ``"endpoint"`` or ``"local"``)
@@ -153,4 +161,22 @@ def make_judge(spec: Any) -> Judge:
         made: Judge = kinds[kind](**settings)
     except TypeError as error:
         raise ConfigError(f"The judge {kind!r} cannot be set up: {error}.") from error
+    if isinstance(made, LocalJudge):
+        content = json.dumps([settings, _state(made.name)], sort_keys=True, default=str)
+        return _LOCAL.setdefault(content, made)
     return made
+
+
+def release_judges() -> None:
+    """Free the memory of local judges, which training may need; their identities stay known."""
+    for judge in _LOCAL.values():
+        judge.release()
+
+
+def _state(name: str) -> list[Any]:
+    """What tells whether a model's folder was written anew since it was last looked at."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return []
+    found = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
+    return [[file, stat.st_mtime_ns, stat.st_size] for file, stat in found]

@@ -192,6 +192,10 @@ class LocalJudge:
         words = ("safe", "unsafe") if self.style == "guard" else ("yes", "no")
         return [_verdict(answer.text, *words) for answer in answers]
 
+    def release(self) -> None:
+        """Give the weights' memory back; they are loaded again when needed."""
+        self._loaded = None
+
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
             from lora_ogpsa.models import load_model

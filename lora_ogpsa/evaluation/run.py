@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ogpsa.answers import base_mode
+from lora_ogpsa.evaluation.judges import release_judges
 from lora_ogpsa.evaluation.measures import run_measure
 from lora_ogpsa.evaluation.progress import Progress
 from lora_ogpsa.evaluation.result import EvaluationResult
@@ -65,11 +66,14 @@ def evaluate(
     )
     adapter = not base and _adapter_is_on(model)
     run = Run(model, tokenizer, suite, Store(cache_dir), Progress(progress), result, adapter)
-    if base:
-        with base_mode(model):
+    try:
+        if base:
+            with base_mode(model):
+                _run_all(run)
+        else:
             _run_all(run)
-    else:
-        _run_all(run)
+    finally:
+        release_judges()
     result.seconds = time.monotonic() - started
     return result
 
