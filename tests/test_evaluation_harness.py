@@ -27,7 +27,7 @@ ROWS = [
 
 def test_a_missing_harness_is_explained(monkeypatch, tiny_model, tiny_tokenizer):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ModelError, match=r"tasks \['ifeval'\].*pip install lora-ogpsa\[eval\]"):
+    with pytest.raises(ModelError, match=r"tasks \['ifeval'\].*pip install lm-eval"):
         run_harness(tiny_model(), tiny_tokenizer, ["ifeval"])
 
 
