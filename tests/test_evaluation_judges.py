@@ -1,5 +1,6 @@
 """Judges: phrases, an endpoint, a model in a folder; and numbers as the harness reads them."""
 
+import copy
 import json
 import shutil
 import threading
@@ -235,6 +236,21 @@ def test_a_chat_model_is_asked_the_question(tiny_folder):
     _, tokenizer = judge._load()
     text = tokenizer.decode(judge._tokens(tokenizer, ("a", "b")))
     assert text == "<|im_start|>user\na|b|refused?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_judge_that_can_think_is_told_not_to(tiny_folder, tiny_tokenizer, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "judge")
+    thinking = copy.deepcopy(tiny_tokenizer)
+    thinking.chat_template += (
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    )
+    thinking.save_pretrained(tmp_path / "judge")
+    judge = LocalJudge(str(tmp_path / "judge"), question="refused?")
+    _, tokenizer = judge._load()
+    text = tokenizer.decode(judge._tokens(tokenizer, ("a", "b")))
+    assert text.endswith("<|im_start|>assistant\n<think></think>")
+    plain = LocalJudge(str(tiny_folder), question="refused?")
+    assert judge.identity == f"{plain.identity}|not thinking"
 
 
 def test_a_local_judge_is_known_by_its_weights(tiny_folder, tiny_model, tiny_tokenizer, tmp_path):

@@ -173,7 +173,11 @@ class LocalJudge:
         """By the content of the model's weights: a name may stand for another model tomorrow."""
         if self._identity is None:
             asked = self.question if self.style == "question" else ""
-            self._identity = f"local|{self.style}|{asked}|{fingerprint(self._load()[0])}"
+            model, tokenizer = self._load()
+            self._identity = f"local|{self.style}|{asked}|{fingerprint(model)}"
+            if "enable_thinking" in str(tokenizer.chat_template):
+                # Verdicts kept from before it was told not to are none at all.
+                self._identity += "|not thinking"
         return self._identity
 
     def judge(self, pairs: Sequence[Pair]) -> list[bool | None]:
@@ -213,7 +217,11 @@ class LocalJudge:
         else:
             messages = [{"role": "user", "content": _filled(self.question, pair)}]
         ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            enable_thinking=False,  # thoughts would be all of a verdict's few tokens
         )
         return list(ids)
 
