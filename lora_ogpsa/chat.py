@@ -14,6 +14,9 @@ import torch
 from lora_ogpsa.errors import DataError, one_line
 
 IGNORE_INDEX = -100
+# Of every rendering. A template that thinks by default would leave no room for the answer, and end
+# prompts elsewhere than before the answers of rows, which hold no thoughts.
+TEMPLATE_SETTINGS = {"enable_thinking": False}
 
 _PROMPT_FIELDS = ("prompt", "question", "instruction")
 _ANSWER_FIELDS = ("completion", "response", "answer", "output")
@@ -271,10 +274,8 @@ def _render(tokenizer: Any, messages: list[dict], name: str, **options: bool) ->
     from jinja2 import TemplateError
 
     try:
-        # A template that thinks by default would leave no room for the answer, and would end
-        # prompts elsewhere than before the answers of rows, which hold no thoughts.
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, enable_thinking=False, **options
+            messages, tokenize=False, **TEMPLATE_SETTINGS, **options
         )
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in messages)

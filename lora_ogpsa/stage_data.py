@@ -40,7 +40,7 @@ def checked_rows(stage: Stage, tokenizer: Any | None) -> list[dict[str, Any]]:
 def training_rows(
     stage: Stage, rows: list[dict[str, Any]], model: Any, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Checked rows as the stage's trainer takes them.
+    """Checked rows as the stage's trainer takes them, rendered as `chat.encode` does.
 
     With ``rejected: base`` the model answers every prompt, its adapters switched off, and its
     answer is the rejected side. An answer that refuses already is no example of what to avoid, so
@@ -49,8 +49,18 @@ def training_rows(
     Raises:
         DataError: the base model's own answers make no pair.
     """
-    if stage.rejected == "data":
+    if stage.rejected == "base":
+        rows = _against_base(stage, rows, model, tokenizer)
+    # Most templates do not have it, and their rows go without the column.
+    if not any(name in str(tokenizer.chat_template) for name in chat.TEMPLATE_SETTINGS):
         return rows
+    return [{**row, "chat_template_kwargs": chat.TEMPLATE_SETTINGS} for row in rows]
+
+
+def _against_base(
+    stage: Stage, rows: list[dict[str, Any]], model: Any, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Pairs of the rows' answers and the base model's own."""
     from lora_ogpsa.answers import own_answers
     from lora_ogpsa.evaluation import RefusalPhraseJudge
 

@@ -249,8 +249,6 @@ def test_a_judge_that_can_think_is_told_not_to(tiny_folder, tiny_tokenizer, tmp_
     _, tokenizer = judge._load()
     text = tokenizer.decode(judge._tokens(tokenizer, ("a", "b")))
     assert text.endswith("<|im_start|>assistant\n<think></think>")
-    plain = LocalJudge(str(tiny_folder), question="refused?")
-    assert judge.identity == f"{plain.identity}|not thinking"
 
 
 def test_a_local_judge_is_known_by_its_weights(tiny_folder, tiny_model, tiny_tokenizer, tmp_path):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from recipes_for_tests import HARMFUL, tiny_recipe, write_rows
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
+from lora_ogpsa.chat import encode
 from lora_ogpsa.console import StopAtNonFinite, TrainingError
 from lora_ogpsa.errors import ConfigError, DataError, ExportError, ModelError, OGPSAError
 from lora_ogpsa.export import Tolerance, export_merged
@@ -542,6 +546,36 @@ def test_a_limit_draws_rows_with_the_seed(tmp_path: Path, tiny_folder: Path) -> 
 
     assert drawn(1) == drawn(1) != drawn(2)
     assert len(drawn(1)) == 5
+
+
+def test_training_renders_as_references_and_evaluations_do(
+    tmp_path: Path, tiny_folder: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    stage = parse_recipe(tiny_recipe(tmp_path, tiny_folder)).stages[0]
+    thinking = copy.deepcopy(tiny_tokenizer)
+    # As Qwen3's: the last answer has a block of thoughts, and a prompt none unless told not to.
+    thinking.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+        "<|im_start|>assistant\n{% if enable_thinking is false %}<think></think>{% endif %}"
+        "{% endif %}"
+    )
+    for tokenizer in (tiny_tokenizer, thinking):
+        rows = checked_rows(stage, tokenizer)
+        trainer = SFTTrainer(
+            tiny_model(),
+            SFTConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=1),
+            train_dataset=Dataset.from_list(training_rows(stage, rows, None, tokenizer)[:1]),
+            processing_class=tokenizer,
+        )
+        (batch,) = trainer.get_train_dataloader()
+        answer = rows[0]["completion"][0]["content"]
+        prompt, ids = encode(tokenizer, rows[0]["prompt"], answer, max_length=256)
+        learned = (batch["labels"][0] != -100).tolist()
+        assert learned.index(True) == len(prompt)
+        assert batch["input_ids"][0].tolist()[: len(prompt + ids)] == prompt + ids
+    assert "<think></think>" in tokenizer.decode(prompt)
 
 
 def test_preference_rows_say_how_to_do_without_pairs(tmp_path: Path, tiny_folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from lora_ogpsa import chat
 from lora_ogpsa.errors import ConfigError, OGPSAError, one_line
 from lora_ogpsa.evaluation.generate import generate
 from lora_ogpsa.evaluation.judges import Pair
@@ -173,11 +174,7 @@ class LocalJudge:
         """By the content of the model's weights: a name may stand for another model tomorrow."""
         if self._identity is None:
             asked = self.question if self.style == "question" else ""
-            model, tokenizer = self._load()
-            self._identity = f"local|{self.style}|{asked}|{fingerprint(model)}"
-            if "enable_thinking" in str(tokenizer.chat_template):
-                # Verdicts kept from before it was told not to are none at all.
-                self._identity += "|not thinking"
+            self._identity = f"local|{self.style}|{asked}|{fingerprint(self._load()[0])}"
         return self._identity
 
     def judge(self, pairs: Sequence[Pair]) -> list[bool | None]:
@@ -221,7 +218,7 @@ class LocalJudge:
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
-            enable_thinking=False,  # thoughts would be all of a verdict's few tokens
+            **chat.TEMPLATE_SETTINGS,  # thoughts would be all of a verdict's few tokens
         )
         return list(ids)
 
