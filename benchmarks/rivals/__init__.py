@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_ogpsa import ContrastConfig, OGPSAConfig
 from rivals.base import Rival
-from rivals.contrast import ContrastRival
+from rivals.contrast import ContrastPenaltyRival, ContrastRival, OnContrastAdapter
 from rivals.ewc import EwcRival
 from rivals.keepers import CordaRival, MicaRival, OsfRival
 from rivals.ogpsa import OgpsaRival
@@ -30,6 +30,7 @@ KINDS: dict[str, type[Rival]] = {
     "osf": OsfRival,
     "mica": MicaRival,
     "contrast": ContrastRival,
+    "contrast_penalty": ContrastPenaltyRival,
 }
 
 
@@ -60,7 +61,7 @@ class Method:
         settings = dict(self.settings)
         if issubclass(KINDS[self.kind], OgpsaRival):
             settings["settings"] = OGPSAConfig.from_dict(settings.get("settings", {})).to_dict()
-        if self.kind == "contrast":
+        if issubclass(KINDS[self.kind], OnContrastAdapter):
             contrast = ContrastConfig(**settings.get("contrast", {})).to_dict()
             # What is off has no part in it, so that cells from before it existed keep their names.
             settings["contrast"] = {k: v for k, v in contrast.items() if v is not False}
@@ -209,6 +210,17 @@ _ALL = [
             ("default", {"references": "both_forms"}, "first answer tokens and references"),
         )
         for weight in (0.3, 1.0)
+    ),
+    Method(
+        "kl_penalty_1_contrast",
+        "contrast_penalty",
+        {
+            "weight": 1.0,
+            "loss": "kl",
+            "first_token_weight": FIRST_TOKEN_WEIGHT,
+            "references": "both_forms",
+        },
+        "`kl_penalty_1_default` on the adapter of `default`",
     ),
     Method(
         "kl_penalty_1_rank1",
