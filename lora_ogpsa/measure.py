@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from lora_ogpsa.errors import ModelError
+from lora_ogpsa.errors import ExportError, ModelError
 from lora_ogpsa.evaluation import EvaluationResult, EvaluationSuite
 from lora_ogpsa.evaluation import evaluate as evaluate_model
 from lora_ogpsa.export.empty_model import embedding_rows
 from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
-from lora_ogpsa.export.sources import ADAPTER_CONFIG
+from lora_ogpsa.export.sources import ADAPTER_CONFIG, adapter_folder
 from lora_ogpsa.models import load_model
 from lora_ogpsa.recipe import Recipe, load_recipe
 from lora_ogpsa.stages import cpu_computes_bfloat16, with_adapter
@@ -111,20 +111,15 @@ def quicker(suite: EvaluationSuite) -> EvaluationSuite:
 
 def _adapter_folder(name: str) -> Path | None:
     """The folder of an adapter, downloaded if `name` is its hub id; `None` if it is a model's."""
-    folder = Path(name)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return folder
-    if folder.exists() or name.count("/") != 1:
-        return None
-    from huggingface_hub import snapshot_download
     from transformers.utils import find_adapter_config_file
 
     try:
-        if find_adapter_config_file(name) is None:
+        # A model's hub id is none of an adapter, and its files are not wanted here.
+        hub_id = name.count("/") == 1 and not Path(name).exists()
+        if hub_id and find_adapter_config_file(name) is None:
             return None
-        # Of a training's folder the adapter alone, without the checkpoints below it.
-        return Path(snapshot_download(name, ignore_patterns=["*/*"]))
-    except (OSError, ValueError):  # also what the hub's client raises of names it does not take
+        return adapter_folder(name)
+    except (OSError, ValueError, ExportError):  # also what the hub's client raises of odd names
         return None  # loading the model says what is wrong
 
 

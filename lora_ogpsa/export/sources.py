@@ -53,7 +53,7 @@ def resolve_adapters(adapter: Adapters) -> list[AdapterSource]:
 
 
 def _adapter(path: str | Path, weight: float) -> AdapterSource:
-    folder = _folder_or_download(path, ADAPTER_CONFIG)
+    folder = adapter_folder(path)
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     reason = _unmergeable(config)
     if reason:
@@ -120,23 +120,31 @@ def _resolve_named(name: str, *, explicit: bool) -> Path:
     return _download(name, _MODEL_FILES, f"the base model {name!r} was not found.{hint}")
 
 
-def _folder_or_download(path: str | Path, needed: str) -> Path:
+def adapter_folder(path: str | Path) -> Path:
+    """Finds an adapter's folder, and downloads it if `path` is its hub id.
+
+    Raises:
+        ExportError: It is neither here nor on the hub.
+    """
     folder = Path(path)
-    if (folder / needed).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return folder
     if folder.exists() or isinstance(path, Path) or str(path).count("/") != 1:
         raise ExportError(
-            f"{path} has no {needed}. Pass the folder that save_pretrained wrote, or a hub id."
+            f"{path} has no {ADAPTER_CONFIG}. Pass the folder that save_pretrained wrote, or a "
+            "hub id."
         )
-    return _download(str(path), None, f"{path} is no local folder with {needed} either.")
+    reason = f"{path} is no local folder with {ADAPTER_CONFIG} either."
+    # Of a training's folder the adapter alone, without the checkpoints below it.
+    return _download(str(path), None, reason, ignored="*/*")
 
 
-def _download(name: str, files: list[str] | None, reason: str) -> Path:
+def _download(name: str, files: list[str] | None, reason: str, ignored: str = "original/*") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         # Some repositories hold the weights a second time, in a folder of another format.
-        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["original/*"]))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=[ignored]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ExportError(f"{reason} The hub says: {error}") from error

@@ -96,13 +96,14 @@ def verify_merge(
     prompts = list(DEFAULT_PROMPTS if prompts is None else prompts)
     if not prompts:
         raise ExportError("there is no prompt to verify the merge with. Pass at least one.")
-    encoded = _encode(Path(merged), prompts, max_prompt_tokens, trust_remote_code)
+    tokenizer = _tokenizer(Path(merged), trust_remote_code)
+    encoded = _encode(tokenizer, prompts, max_prompt_tokens)
     swapped = strategy == "original" and quantisation is not None
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     resized = {**options, "vocab_size": _vocab_size(Path(merged))}
 
     def answered(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        sequences = _answers(model, encoded, answer_tokens)
+        sequences = _answers(model, tokenizer, encoded, answer_tokens)
         return sequences, _logits(model, sequences)
 
     as_trained = partial(_as_trained, base_folder, adapters, **resized)
@@ -166,18 +167,19 @@ def _vocab_size(folder: Path) -> int:
     return int(config.get("text_config", config)["vocab_size"])
 
 
-def _encode(
-    folder: Path, prompts: Sequence[Prompt], limit: int, trust_remote_code: bool
-) -> list[list[int]]:
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ExportError(
             f"{folder} has no tokenizer that can be loaded, which the verification needs: {error}. "
             "Save one with the adapter or the base, or switch the verification off."
         ) from error
+
+
+def _encode(tokenizer: Any, prompts: Sequence[Prompt], limit: int) -> list[list[int]]:
     encoded = []
     for prompt in prompts:
         if tokenizer.chat_template:
@@ -193,34 +195,17 @@ def _encode(
     return encoded
 
 
-def _answers(model: Any, encoded: list[list[int]], count: int) -> list[torch.Tensor]:
+def _answers(
+    model: Any, tokenizer: Any, encoded: list[list[int]], count: int
+) -> list[torch.Tensor]:
     """Lets a model answer all prompts greedily in one batch; returns [1, T] prompt + answer."""
     import torch
 
+    from lora_ogpsa.generation import greedy_replies, stop_tokens
+
     # A 4-bit layer unpacks its weights for every forward pass: one batch is many times faster.
-    longest = max(len(ids) for ids in encoded)
-    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in encoded])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded])
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=padded.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=count,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=0,
-        ).cpu()
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])
-    sequences = []
-    for ids, row in zip(encoded, output, strict=True):
-        answer = row[longest:]
-        stops = torch.isin(answer, ends).nonzero()
-        length = int(stops[0]) + 1 if len(stops) else len(answer)
-        sequences.append(torch.cat([torch.tensor(ids), answer[:length]])[None])
-    return sequences
+    replies = greedy_replies(model, tokenizer, encoded, count, stop_tokens(model, tokenizer))
+    return [torch.tensor([ids + reply]) for ids, reply in zip(encoded, replies, strict=True)]
 
 
 def _logits(model: Any, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
