@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_ogpsa.errors import ExportError
+from lora_ogpsa.errors import DataError, ExportError
 from lora_ogpsa.export import (
     Quantisation,
     Tolerance,
@@ -290,6 +290,18 @@ def test_verification_needs_prompts_and_a_tokenizer(qlora, tiny_folder, tiny_pef
         _export(tmp_path / "adapter", tmp_path / "out", base=base)
 
 
+def test_prompts_are_rendered_as_in_training_without_thoughts(qlora, tmp_path):
+    adapter = shutil.copytree(qlora, tmp_path / "adapter")
+    template = (
+        "{% if enable_thinking is not defined or enable_thinking %}"
+        "{{ raise_exception('it would think') }}{% endif %}{{ messages[0]['content'] }}"
+    )
+    (adapter / "chat_template.jinja").write_text(template)
+    assert not _export(adapter, tmp_path / "out").verification.failures
+    with pytest.raises(DataError, match="prompt 2: no user turn"):
+        _export(adapter, tmp_path / "other", prompts=["a", " "])
+
+
 def test_the_adapter_stays_a_plain_peft_adapter(qlora, tiny_folder, tmp_path):
     before = {p.name: p.read_bytes() for p in qlora.iterdir()}
     _export(qlora, tmp_path / "out")
@@ -348,6 +360,18 @@ def test_card_claims_alignment_only_for_a_training_with_ogpsa(facts, qlora, tmp_
         assert "aligned" not in path.read_text() and "OGPSA" not in path.read_text()
     text = (tmp_path / "merged" / "README.md").read_text()
     assert f"A fine-tune of {result.merge.base}. Merged with lora_ogpsa." in text
+
+
+def test_card_leaves_out_what_is_not_true_of_another_strength_or_a_mixture(qlora, tmp_path):
+    quick = {"compare": False, "verify": False}
+    _export([(qlora, 0.5)], tmp_path / "weaker", **quick)
+    text = (tmp_path / "weaker" / "README.md").read_text()
+    assert "| preset | budget |" in text and "harmful refused" not in text
+    _export([(qlora, 0.5), (qlora, 0.5)], tmp_path / "mixture", **quick)
+    path = tmp_path / "mixture" / "README.md"
+    assert _metadata(path)["base_model"] == "someone/tiny"
+    assert "safety-alignment" not in _metadata(path)["tags"]
+    assert "aligned" not in path.read_text() and "harmful refused" not in path.read_text()
 
 
 def test_card_table_cells_cannot_break_the_table(qlora, tmp_path):

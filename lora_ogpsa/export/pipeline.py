@@ -14,7 +14,7 @@ from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export.card import write_model_card
 from lora_ogpsa.export.merge import MergeReport, Strategy, merge_adapter
 from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
-from lora_ogpsa.export.sources import Adapters, resolve_adapters
+from lora_ogpsa.export.sources import Adapters, AdapterSource, resolve_adapters
 from lora_ogpsa.export.verification import Tolerance, VerificationReport
 from lora_ogpsa.export.verify import Prompt, verify_merge
 
@@ -81,7 +81,8 @@ def export_merged(
         min_top1: See `verify_merge`.
         answer_tokens: See `verify_merge`.
         verify_device: The device of the verification; None: CUDA when there is one.
-        facts: The run's facts for the model card; None: `ogpsa_run.json` beside the adapter.
+        facts: The run's facts for the model card; None: what `ogpsa_run.json` beside the
+            adapter says that is true of the merged model.
         trust_remote_code: See `merge_adapter`.
         progress: See `merge_adapter`.
 
@@ -96,7 +97,7 @@ def export_merged(
     merging = {**shared, "dtype": dtype, "max_shard_size": max_shard_size, "device": device}
     verification: VerificationReport | None = None
     if facts is None:
-        facts = _run_facts(resolve_adapters(adapter)[0].folder)
+        facts = _run_facts(resolve_adapters(adapter))
 
     def finish(folder: Path, report: MergeReport) -> None:
         nonlocal verification
@@ -177,9 +178,15 @@ def _other_merge(
     return (name, folder), []
 
 
-def _run_facts(adapter: Path) -> dict[str, Any]:
-    run = adapter / RUN_FILE
-    return json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+def _run_facts(adapters: Sequence[AdapterSource]) -> dict[str, Any]:
+    """What the run's record says, as far as it is true of what is merged."""
+    run = adapters[0].folder / RUN_FILE
+    facts: dict[str, Any] = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    if len(adapters) > 1:  # one run's training and its figures are not those of the mixture
+        return {"base": facts["base"]} if "base" in facts else {}
+    if adapters[0].weight != 1:
+        facts.pop("evaluation", None)
+    return facts
 
 
 def _write_reports(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -87,6 +88,7 @@ def verify_merge(
 
     Raises:
         ExportError: There is no prompt, or a model cannot be loaded.
+        DataError: A prompt has no user turn with text, or the chat template refuses it.
     """
     import torch
 
@@ -180,17 +182,14 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _encode(tokenizer: Any, prompts: Sequence[Prompt], limit: int) -> list[list[int]]:
+    """The prompts rendered as for training, the last `limit` tokens of each."""
+    from lora_ogpsa.chat import as_messages, encode
+
     encoded = []
-    for prompt in prompts:
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            ids = tokenizer(text)["input_ids"]
+    for number, prompt in enumerate(prompts, 1):
+        name = f"prompt {number}"
+        messages, _ = as_messages({"prompt": prompt}, name=name)
+        ids, _ = encode(tokenizer, messages, None, max_length=sys.maxsize, name=name)
         encoded.append(ids[-limit:])
     return encoded
 
