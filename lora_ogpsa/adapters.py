@@ -291,6 +291,8 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _layer_parameters(layer: Any) -> list[tuple[nn.Parameter, bool]]:
     """(parameter, can its per-example gradient be captured) of the active adapters of a layer."""
+    from peft.tuners.lora.layer import ParamWrapper
+
     found: list[tuple[nn.Parameter, bool]] = []
     for attribute in layer.adapter_layer_names:
         holder = getattr(layer, attribute, None)
@@ -303,6 +305,7 @@ def _layer_parameters(layer: Any) -> list[tuple[nn.Parameter, bool]]:
             if isinstance(item, nn.Parameter):
                 found.append((item, False))
             else:
-                plain = type(item) is nn.Linear
+                # A `target_parameters` layer reads the weights and never calls the modules.
+                plain = type(item) is nn.Linear and not isinstance(layer, ParamWrapper)
                 found.extend((p, plain) for p in item.parameters())
     return found

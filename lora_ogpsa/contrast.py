@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from lora_ogpsa.contrast_config import FEWEST, ContrastConfig
 from lora_ogpsa.discriminant import Inputs, contrast_rows, separation
 from lora_ogpsa.errors import AdapterError, ConfigError, DataError
 from lora_ogpsa.hidden_states import Tokens, read_inputs
-from lora_ogpsa.reference import Objective, Reference, default_references
+from lora_ogpsa.reference import Objective, Reference, default_references, split_ids
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -43,7 +43,7 @@ _NEARLY = 0.98  # which share of the best score is good enough
 # Of the layers, from the first: what the others add has few left to act through.
 _ACTING = 0.8
 
-Row = Mapping[str, Any] | Sequence[int] | tuple[Sequence[int], Sequence[int]]
+Row = Mapping[str, Any] | str | Sequence[int] | tuple[Sequence[int], Sequence[int]]
 
 
 def get_contrast_model(
@@ -74,7 +74,8 @@ def get_contrast_model(
     Args:
         model: the bare base model.
         prompts: what should be refused, with the answers that are to be learnt: rows as
-            `Reference` takes them, or tuples of the token ids of a prompt and of its answer. Where
+            `Reference` takes them, token ids among them, or tuples of the ids of a prompt and of
+            its answer. Where
             there are prompts alone, or lists of their token ids, the adapter has rank 1.
         references: what should not be refused; ``None`` takes the embedded harmless prompts.
             References with the same prompts count once. Of answers the more tokens the better: A
@@ -82,9 +83,10 @@ def get_contrast_model(
         config: the settings; ``None`` takes the defaults.
         processing_class: the tokenizer, needed where prompts or references hold text.
         max_length: longest prompt, in tokens.
-        lora_config: further settings of PEFT. Its rank, layers and modules are replaced, and
-            ``lora_alpha`` follows the rank, so that the scaling stays. Without them it is twice the
-            rank, with which the results of this library were measured.
+        lora_config: further settings of PEFT. Its rank, layers and modules (patterns, exceptions
+            and parameters among them) are replaced, and ``lora_alpha`` follows the rank, so that
+            the scaling stays. Without them it is twice the rank, with which the results of this
+            library were measured.
         cache: folder in which the base model's answers are kept; ``None`` keeps none.
         progress: show a progress bar.
 
@@ -154,7 +156,8 @@ def contrast_adapter(
         rank: rows of A; ``None`` takes those that there are where safety prompts have answers.
 
     Raises:
-        AdapterError: the modules that read the hidden states are not found.
+        AdapterError: the modules that read the hidden states are not found, or PEFT does not
+            adapt them.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -165,6 +168,7 @@ def contrast_adapter(
     rank = rank or (2 if config.answer_tokens else 1)
     share = rank / settings.r
     alpha = settings.lora_alpha * (math.sqrt(share) if settings.use_rslora else share)
+    names = [name for layer in layers for name in readers[layer]]
     wrapped = get_peft_model(
         model,
         replace(
@@ -172,10 +176,21 @@ def contrast_adapter(
             r=rank,
             # A whole number where it is one, as PEFT's configs have it.
             lora_alpha=int(alpha) if alpha.is_integer() else alpha,
-            target_modules=[name for layer in layers for name in readers[layer]],
+            target_modules=names,
+            exclude_modules=None,
+            target_parameters=None,
+            rank_pattern={},
             init_lora_weights=True,
         ),
     )
+    missing = [name for name in names if name not in wrapped.targeted_module_names]
+    if missing:
+        wrapped.unload()
+        raise AdapterError(
+            f"PEFT puts no LoRA on {len(missing)} of {len(names)} modules ({missing[0]}), as where "
+            "their names stand for the experts of a mixture model. Name others in "
+            "`ContrastConfig(target_modules=...)`."
+        )
     freeze_contrast(wrapped)
     return wrapped
 
@@ -233,7 +248,7 @@ def _readers(model: nn.Module, config: ContrastConfig) -> dict[int, list[str]]:
     """By layer, the full names of the modules that are adapted."""
     ends = _READERS if config.target_modules is None else config.target_modules
     layers: dict[int, list[str]] = {}
-    for name, _ in model.named_modules():
+    for name in _text_modules(model):
         number = _LAYER.search(name)
         if number is not None and name.rsplit(".", 1)[-1] in ends:
             layers.setdefault(int(number[1]), []).append(name)
@@ -243,6 +258,15 @@ def _readers(model: nn.Module, config: ContrastConfig) -> dict[int, list[str]]:
             "a layer's hidden states in `ContrastConfig(target_modules=...)`."
         )
     return dict(sorted(layers.items()))
+
+
+def _text_modules(model: nn.Module) -> Iterator[str]:
+    """Full names of the modules that text passes through: not those of a vision tower."""
+    whole: Any = model
+    decoder = whole.get_decoder() if hasattr(whole, "get_decoder") else whole
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    for name, _ in decoder.named_modules(prefix=prefix):
+        yield name
 
 
 def _check_counts(kinds: Mapping[str, Sequence[Any]]) -> None:
@@ -276,16 +300,23 @@ def _set_rows(model: Any, inputs: Mapping[str, Inputs], config: ContrastConfig) 
 
 def _tokens(row: Row, tokenizer: Any, max_length: int, answer_tokens: int) -> Tokens:
     """Token ids of a prompt and of the beginning of its answer, if it has one."""
+    name = "a safety prompt"
+    if isinstance(row, str):
+        row = {"prompt": row}
     if not isinstance(row, Mapping):
         pair = isinstance(row, tuple) and not isinstance(row[0], int)
         prompt, answer = row if pair else (row, [])
         return list(prompt), list(answer)[:answer_tokens]  # type: ignore[arg-type]
+    if row.get("input_ids") is not None:
+        if row.get("labels") is None:
+            return list(row["input_ids"]), []
+        prompt, answer = split_ids(row, max_length, name)
+        return prompt, answer[:answer_tokens]
     if tokenizer is None:
         raise ConfigError(
             "The prompts of a contrast adapter are text, and there is no tokenizer. Pass "
             "`processing_class=tokenizer`, or give token ids."
         )
-    name = "a safety prompt"
     wanted: str | None
     if "chosen" in row:
         messages, wanted, _ = chat.as_preference(row, name=name)

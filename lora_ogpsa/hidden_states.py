@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_ogpsa import chat
 from lora_ogpsa.capture import quiet
 from lora_ogpsa.discriminant import Inputs
+from lora_ogpsa.errors import AdapterError
 
 _BATCH = 8  # examples in a pass
 # Of the safety answers each third: a mean of what begins much alike needs fewer than covariances.
@@ -46,6 +47,9 @@ def read_inputs(
 
     Returns:
         By name; modules that read the same tensor share one `Inputs`.
+
+    Raises:
+        AdapterError: a module does not read every token.
     """
     groups = [[(tuple(p), tuple(a)) for p, a in group] for group in (safety, *kinds)]
     kept = set([e for e in dict.fromkeys(groups[0]) if e[1]][::_ANSWERED])
@@ -151,6 +155,7 @@ class _Reading:
         self._model = model
         self._cache: Any = None
         self._now: dict[str, Tensor] = {}
+        self._shape = (0, 0)  # sequences and tokens of a pass
         self._last = ""  # to read; known after a whole pass
         self._handles = [
             model.get_submodule(name).register_forward_pre_hook(
@@ -171,6 +176,7 @@ class _Reading:
         if not start:
             return
         ids = torch.tensor([start], device=self._model.device)
+        self._shape = (1, len(start))
         cache = getattr(
             self._model.get_decoder()(input_ids=ids, use_cache=True), "past_key_values", None
         )
@@ -186,6 +192,7 @@ class _Reading:
             "attention_mask": inputs["attention_mask"].to(self._model.device),
             "use_cache": self._cache is not None,
         }
+        self._shape = tuple(given["input_ids"].shape)
         if self._cache is not None:
             # A pass writes into it.
             cache = copy.deepcopy(self._cache)
@@ -200,7 +207,18 @@ class _Reading:
             self._last = next(reversed(self._now))
             seen: dict[int, str] = {}
             self.first = {name: seen.setdefault(id(read), name) for name, read in self._now.items()}
-        return {name: self._now[name] for name in dict.fromkeys(self.first.values())}
+        return {name: self._by_token(name) for name in dict.fromkeys(self.first.values())}
+
+    def _by_token(self, name: str) -> Tensor:
+        """What a module read [B, T, d]; some models flatten the first two."""
+        read, (sequences, tokens) = self._now[name], self._shape
+        if read.numel() != sequences * tokens * read.shape[-1]:
+            raise AdapterError(
+                f"`{name}` reads {tuple(read.shape)} of {sequences} x {tokens} tokens, and a "
+                "contrast adapter needs modules that read every token. Name others in "
+                "`ContrastConfig(target_modules=...)`."
+            )
+        return read.reshape(sequences, tokens, -1)
 
     def _see(self, name: str, read: Tensor) -> None:
         self._now[name] = read

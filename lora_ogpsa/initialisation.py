@@ -1,4 +1,4 @@
-"""Which initialisations of LoRA leave the base model as it was."""
+"""Which LoRA settings leave the base model as it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ def base_is_kept(model: Any) -> bool:
     """Whether `model` with its adapters off is the model that training began with."""
     configs = getattr(model, "peft_config", {})
     return all(
-        getattr(configs[name], "init_lora_weights", True) in PLAIN_INITS
+        _keeps_base(configs[name])
         for name in getattr(model, "active_adapters", ())
         if name in configs
+    )
+
+
+def _keeps_base(config: Any) -> bool:
+    return (
+        getattr(config, "init_lora_weights", True) in PLAIN_INITS
+        and getattr(config, "kasa_config", None) is None  # truncates the base weights
+        and getattr(config, "bias", "none") == "none"  # the base's own biases are trained
     )

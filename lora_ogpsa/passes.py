@@ -35,6 +35,14 @@ class Autocast:
     dtype: torch.dtype = torch.float32
 
 
+class _PassedByError(Exception):
+    """The backward led past these parameters' modules, whose weights something else may read."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
+
+
 class ReferencePass:
     """Differentiates reference examples without a trace on training.
 
@@ -97,6 +105,8 @@ class ReferencePass:
                 # Some layer does not see the examples one by one (a router that flattens
                 # tokens): from here on every tensor gives one row per micro-batch.
                 self._capturable = set()
+            except _PassedByError as error:
+                self._capturable -= error.names
             except ReentrantCheckpointError:
                 self._stash = True
             for row in rows or ():
@@ -141,6 +151,10 @@ class ReferencePass:
         if not self._stash and not reached:
             # Behind reentrant checkpoints nothing is on the graph that leads from the loss.
             raise ReentrantCheckpointError("No LoRA parameter is reached by a reference loss.")
+        if captured is not None:
+            passed_by = {n for n in targets if n.rpartition(".")[0] not in captured.reached}
+            if passed_by:
+                raise _PassedByError(passed_by)
         summed = self._collect(dict(zip(plain, found, strict=False)), rows, len(examples), total)
         summed /= scale
         for row in rows or ():

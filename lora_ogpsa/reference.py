@@ -192,7 +192,7 @@ class Reference:
 
     def _encode(self, row: Mapping[str, Any], tokenizer: Any, place: str) -> Tokens:
         if self._tokenised(row):
-            return _split_ids(row, self.max_length, place)
+            return split_ids(row, self.max_length, place)
         messages, answer = chat.as_messages(row, name=place)
         if self.loss in ("kl", "distill"):
             answer = None
@@ -390,7 +390,7 @@ def _require_language_model(model: Any, name: str) -> None:
         )
 
 
-def _split_ids(row: Mapping[str, Any], max_length: int, place: str) -> Tokens:
+def split_ids(row: Mapping[str, Any], max_length: int, place: str) -> Tokens:
     """Prompt and answer of a row of token ids: what is learned, and what comes before it.
 
     Padding is left out: what the attention mask hides, and what follows the answer unlearned.

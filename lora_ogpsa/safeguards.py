@@ -74,7 +74,7 @@ def check_held(space: AdapterSpace, optimizer: Any) -> None:
 def check_base(
     model: Any, references: Sequence[Reference | Objective], config: OGPSAConfig
 ) -> None:
-    """What is measured from the base model needs one that the adapter's initialisation kept.
+    """What is measured from the base model needs one that the adapter's settings keep.
 
     Raises:
         ConfigError: it did not, and references or settings are measured from it.
@@ -92,10 +92,11 @@ def check_base(
     ]
     if measured or settings:
         raise ConfigError(
-            "The adapter's `init_lora_weights` (PiSSA, OLoRA, CorDA, LoftQ...) has changed the "
-            "base weights: with the adapter off they are not the base model any more, from which "
+            "The adapter's `init_lora_weights` (PiSSA, OLoRA, CorDA, LoftQ...), `kasa_config` or "
+            "`bias` changes the base weights: with the adapter off they are not the base model "
+            "any more, from which "
             f"{' and '.join([*settings, *(f'reference `{name}`' for name in measured)])} would be "
-            "measured. Use a plain initialisation (True, 'gaussian', 'eva'), or "
+            "measured. Use a plain initialisation (True, 'gaussian', 'eva') and `bias='none'`, or "
             "`constraint='orthogonal'` or `'halfspace'` with references of `loss='sft'`."
         )
 

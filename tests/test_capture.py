@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from references import token_reference, token_rows
 from torch import nn
 
@@ -295,3 +296,52 @@ def test_stashed_backward_gives_the_same_gradients(tiny_peft):
     for a, b in zip(direct, stashed, strict=True):
         torch.testing.assert_close(a, b)
     assert all((p.grad == 1).all() for p in twins.parameters)
+
+
+class _ReadsTheWeights(nn.Module):
+    """What fused kernels do: the LoRA modules' weights are read, the modules never called."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        a, b = (getattr(self.layer, name)["default"].weight for name in ("lora_A", "lora_B"))
+        return self.layer.base_layer(x) + self.layer.scaling["default"] * (x @ a.T @ b.T)
+
+
+def test_weights_read_past_their_modules_are_not_lost(tiny_peft):
+    model = tiny_peft(warm=True)
+    objective = token_reference(n=N).prepare(model)
+    attention = model.get_base_model().model.layers[0].self_attn
+    fused = _ReadsTheWeights(attention.q_proj)
+    attention.q_proj.forward = fused.forward
+    captured, separate = per_example(model, objective)
+    torch.testing.assert_close(captured.sum(0), separate.sum(0), rtol=1e-4, atol=1e-6)
+    for name, (start, end) in AdapterSpace.from_model(model).spans().items():
+        rows, single = captured[:, start:end], separate[:, start:end]
+        if "layers.0.self_attn.q_proj" in name:  # one row a micro-batch
+            single = single.mean(0, keepdim=True).expand_as(rows)
+        torch.testing.assert_close(rows, single, rtol=1e-3, atol=1e-6)
+
+
+def test_experts_adapted_as_parameters_have_gradients():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts))
+    named = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=named)
+    model = get_peft_model(base, lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    captured, separate = per_example(model, token_reference(n=N).prepare(model))
+    torch.testing.assert_close(captured.sum(0), separate.sum(0), rtol=1e-3, atol=1e-6)
+    space = AdapterSpace.from_model(model)
+    views = zip(space.parameter_names, space.views(captured.sum(0)), strict=True)
+    assert all(view.norm() > 0 for name, view in views if ".experts." in name)

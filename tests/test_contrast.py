@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from recipes_for_tests import HARMFUL, HARMLESS, tiny_recipe
 from safetensors.torch import load_file
@@ -510,6 +511,117 @@ def test_other_models_readers_are_found(tiny_tokenizer: Any) -> None:
         contrast_adapter(neox, ContrastConfig(target_modules=("w1",)))
     named = contrast_adapter(neox, ContrastConfig(target_modules=("dense_h_to_4h",), layers=2))
     assert sum(p.requires_grad for p in named.parameters()) == 2
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def _opt() -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    return OPTForCausalLM(OPTConfig(**_SIZES, ffn_dim=64, word_embed_proj_dim=32))
+
+
+def _shared_expert() -> Any:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    shared = {"shared_expert_intermediate_size": 16, "num_key_value_heads": 4}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_SIZES, **_EXPERTS, **shared))
+
+
+def _sees_images() -> Any:
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 6}
+    sizes = {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16}
+    text = LlamaConfig(**_SIZES, intermediate_size=64)
+    parts = {"vision_config": CLIPVisionConfig(**vision, **sizes), "text_config": text}
+    return LlavaForConditionalGeneration(LlavaConfig(**parts))
+
+
+@pytest.mark.parametrize(
+    ("build", "adapted"),
+    [
+        (_opt, {"q_proj", "k_proj", "v_proj", "fc1"}),  # whose MLP reads tokens in one row
+        (_shared_expert, set(READERS)),  # the same, of the expert that reads all of them
+        (_sees_images, set(READERS)),
+    ],
+)
+def test_only_what_reads_every_token_is_adapted(
+    build: Any, adapted: set[str], tiny_tokenizer: Any, tiny_model: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base = build().eval()
+    first = copy.deepcopy(base)
+    objectives = _objectives(tiny_model(), tiny_tokenizer)
+    model = get_contrast_model(base, _answered(tiny_tokenizer), objectives, _CONFIG)
+    a_rows = {n: p for n, p in model.named_parameters() if ".lora_A." in n}
+    assert {n.split(".lora_A")[0].rsplit(".", 1)[1] for n in a_rows} == adapted
+    assert not any("vision" in n or ".experts." in n for n in a_rows)
+    assert all(p.any() for p in a_rows.values())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(3, 19).view(2, 8)
+    again = PeftModel.from_pretrained(first, tmp_path)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_names_that_stand_for_experts_are_refused() -> None:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    shared = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "n_group": 1}
+    settings = {**_SIZES, **shared, **ranks, "intermediate_size": 64, "topk_group": 1}
+    base = DeepseekV3ForCausalLM(DeepseekV3Config(**settings, first_k_dense_replace=1))
+    with pytest.raises(AdapterError, match=r"no LoRA on 2 of 2 modules .*shared_experts"):
+        contrast_adapter(base, ContrastConfig(layers=1))
+    assert not any("lora" in name for name, _ in base.named_parameters())
+
+
+def test_rows_of_token_ids_are_read(made: Any, tiny_model: Any, tiny_tokenizer: Any) -> None:
+    _, _, objectives = made
+    pairs = _answered(tiny_tokenizer)
+    rows = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in pairs]
+    prompts = [{"input_ids": p, "attention_mask": [1] * len(p)} for p, _ in pairs]
+    texts = ["How is it done?", "Why?", "Do that.", "Who is she?", "When was it?"]
+    for written, same in (
+        (rows, pairs),
+        (prompts, [p for p, _ in pairs]),
+        (texts, [{"prompt": text} for text in texts]),
+    ):
+        one, other = (
+            get_contrast_model(
+                tiny_model(num_hidden_layers=4),
+                kind,
+                objectives,
+                _CONFIG,
+                processing_class=tiny_tokenizer,
+            )
+            for kind in (written, same)
+        )
+        for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_patterns_and_parameters_of_lora_settings_are_replaced(tiny_model: Any) -> None:
+    left = {"rank_pattern": {"q_proj": 4}, "exclude_modules": ["k_proj"]}
+    settings = LoraConfig(r=8, lora_alpha=8, target_parameters=["lm_head.weight"], **left)
+    model = contrast_adapter(tiny_model(), ContrastConfig(), settings)
+    plain = contrast_adapter(tiny_model(), ContrastConfig(), LoraConfig(r=8, lora_alpha=8))
+    shapes = [(n, p.shape) for n, p in model.named_parameters()]
+    assert shapes == [(n, p.shape) for n, p in plain.named_parameters()]
 
 
 def test_bad_input_is_named(made: Any, tiny_model: Any, tiny_tokenizer: Any) -> None:

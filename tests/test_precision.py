@@ -7,7 +7,13 @@ that lies in the protected basis. All of them are printed at the end of a run.
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import EvaConfig, initialize_lora_eva_weights
+from peft import (
+    EvaConfig,
+    KasaConfig,
+    LoraConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
 from peft.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
@@ -191,6 +197,27 @@ def test_what_is_measured_from_the_base_needs_one_that_was_kept(tiny_peft, setti
             [token_reference("a", n=6, loss=loss)],
             OGPSAConfig(**settings),
         )
+
+
+@pytest.mark.parametrize(
+    "lora", [{"bias": "lora_only"}, {"bias": "all"}, {"kasa_config": KasaConfig()}]
+)
+def test_a_base_that_trains_along_or_is_truncated_is_none_to_measure_from(tiny_model, lora):
+    base = tiny_model(attention_bias=True)
+    ids = torch.arange(3, 19).view(2, 8)
+    before = base.eval()(ids).logits.detach()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], **lora))
+    optimizer = OPTIMIZERS["adamw"](model)
+    with pytest.raises(ConfigError, match="`kasa_config` or `bias` changes the base"):
+        OGPSA(model, optimizer, [token_reference("a", n=6, loss="kl")])
+    settings = OGPSAConfig(constraint="orthogonal", first_token_weight=0.0)
+    with OGPSA(model, optimizer, [token_reference("a", n=6)], settings):
+        for step in range(3):
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with model.disable_adapter():
+        assert (model.eval()(ids).logits - before).abs().max() > 1e-4
 
 
 def test_the_other_adapter_is_left_alone(tiny_peft):

@@ -75,7 +75,9 @@ class TensorPlan:
             raise ExportError(
                 f"the base's files lack {len(touched or missing)} tensors of its own model "
                 f"({', '.join((touched or missing)[:3])}), or store them in another layout. Load "
-                "it once with transformers and save_pretrained it, then merge into that folder."
+                "it once with transformers and save_pretrained it, then merge into that folder. "
+                "Where they are a mixture model's experts, which are stored one by one again, "
+                "merge_and_unload() the loaded PEFT model instead."
             )
         if extras:
             self.notes.append(

@@ -81,6 +81,11 @@ def _unmergeable(config: dict[str, Any]) -> str | None:
         return "it replicates layers, so the merged model has another architecture than the base."
     if config.get("alora_invocation_tokens"):
         return "an activated LoRA changes the weights only after certain tokens."
+    if config.get("monteclora_config"):
+        return (
+            "MonteCLoRA's samplers have no place in the merged model. PEFT's merge_and_unload() "
+            "leaves them out."
+        )
     return None
 
 
