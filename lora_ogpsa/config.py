@@ -56,6 +56,8 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 #: `OGPSAConfig.penalty` where it is not given, in steps on next-token losses.
 SUPERVISED_PENALTY = 0.25
+# What numbers lie below: products with them must stay finite in float32.
+MOST = 1e30
 
 
 def has_likelihood(loss_type: str | Sequence[str] | None) -> bool:
@@ -112,8 +114,9 @@ class OGPSAConfig:
         adaptive_threshold: at an interval refresh, first probe with one reference micro-batch;
             keep the basis if it captures at least this share of the probe's energy.
         rank: most basis rows per block, :math:`k`. Default: 8.
-        energy: take the fewest rows, up to ``rank``, that capture this share of the reference
-            energy. ``None`` takes ``rank`` rows wherever the references span them.
+        energy: with ``rows="examples"``, take the fewest, up to ``rank``, that capture this share
+            of the reference energy beside the mean rows. ``None`` takes ``rank`` rows wherever the
+            references span them.
         sketch_size: rows :math:`\ell` of each Frequent Directions sketch. Default: twice
             ``rank``.
         rows: what the basis is made of: ``"examples"`` (per-example gradients, and the data-set
@@ -325,16 +328,16 @@ class OGPSAConfig:
                     f"`{name}` should be a whole number of at least {least}. Found {value!r}."
                 )
         real = {
-            "metric_damping": (0.0, float("inf"), "(]"),
+            "metric_damping": (0.0, float("inf"), "()"),
             "decay": (0.0, 1.0, "[)"),
             "adaptive_threshold": (0.0, 1.0, "(]"),
             "energy": (0.0, 1.0, "(]"),
-            "budget": (0.0, float("inf"), "[)"),
+            "budget": (0.0, MOST, "[)"),
             "recovery": (0.0, 1.0, "(]"),
-            "max_correction": (0.0, float("inf"), "(]"),
+            "max_correction": (0.0, float("inf"), "()"),
             "penalty": (0.0, float("inf"), "[)"),
             "restoration": (0.0, 1.0, "[]"),
-            "restoration_cap": (0.0, float("inf"), "(]"),
+            "restoration_cap": (0.0, float("inf"), "()"),
             "first_token_weight": (0.0, 1.0, "[]"),
         }
         optional = {"adaptive_threshold", "energy", "penalty"}
@@ -391,6 +394,11 @@ class OGPSAConfig:
                 f"`{found}` is about the bases of `constraint='orthogonal'`, and "
                 f"`constraint={self.constraint!r}` has none: it keeps one mean row per reference. "
                 "Leave it out."
+            )
+        if self.energy is not None and self.rows == "means":
+            problems.append(
+                "`energy` is about the directions that `rows='examples'` add to the mean rows, "
+                "which are always held whole. Leave it out."
             )
         if self.space == "gradient" and self.metric == "optimizer":
             problems.append(

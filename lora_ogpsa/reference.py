@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from torch.nn import functional
 
 from lora_ogpsa import chat, data
 from lora_ogpsa.answers import base_mode, base_of, own_answers, reference_policy
+from lora_ogpsa.config import MOST
 from lora_ogpsa.errors import ConfigError, DataError
 from lora_ogpsa.initialisation import base_is_kept
 
@@ -92,10 +95,11 @@ class Reference:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < MOST:
                 raise ConfigError(
-                    f"Reference `{self.name}`: `{name}` should be a positive number. Found "
-                    f"{value!r}."
+                    f"Reference `{self.name}`: `{name}` should be a positive number below "
+                    f"{MOST:g}. Found {value!r}."
                 )
             if value == 0 and name != "budget":
                 raise ConfigError(f"Reference `{self.name}`: `{name}` should be above 0. Found 0.")
@@ -261,6 +265,20 @@ class Objective:
         """Number of examples."""
         return len(self.sequences) // self.fold
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this reference from another, for a run that goes on with it.
+
+        The base model's own answers are not part of it: on another device a token may differ.
+        """
+        given = self.reference.loss in ("sft", "dpo")
+        content = [(prompt, answer if given else []) for prompt, answer in self.sequences]
+        settings = ("loss", "budget", "share", "first_tokens", "beta")
+        return {
+            "rows": len(self),
+            **{name: getattr(self.reference, name) for name in settings},
+            "tokens": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+        }
+
     def tokens(self, indices: Sequence[int]) -> int:
         """How many tokens the batch of examples `indices` has, padding included."""
         chosen = [i * self.fold + part for part in range(self.fold) for i in indices]
@@ -382,6 +400,11 @@ class Objective:
 def _require_language_model(model: Any, name: str) -> None:
     """Refuse a model whose logits are not of tokens: a classifier has no likelihood to protect."""
     base = base_of(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            f"Reference `{name}` is a loss on how a prompt goes on, and {type(base).__name__} has "
+            "an encoder for it. OGPSA protects decoder-only language models."
+        )
     if hasattr(base, "get_output_embeddings") and base.get_output_embeddings() is None:
         raise ConfigError(
             f"Reference `{name}` is a loss on the probabilities of tokens, and "

@@ -16,6 +16,8 @@ from lora_ogpsa.sketch import gram_eigh
 # Directions whose energy is below this share of the strongest are taken for noise: gradients under
 # bf16 autocast carry about 0.3 % of it, and nearly parallel references differ by nothing else.
 _NOISE = 1e-6
+# Of a sketch's energy, what rounding leaves where nothing lies outside the mean rows.
+_ROUNDING = 1e-10
 # Elements of mean rows and sketches worked on at a time: it bounds the memory of an estimate, and
 # on a CPU keeps its many passes over them in the cache.
 _GROUP_CPU, _GROUP_GPU = 1 << 20, 1 << 25
@@ -79,8 +81,8 @@ class Subspace:
         Args:
             means: data-set mean gradients [K, d], or ``None``.
             sketches: per slab, rows [count, ℓ, w], or ``None``.
-            energy: keep the fewest directions that hold this share of the sketch's energy (of
-                the means' energy where there is no sketch).
+            energy: of the sketch's directions keep the fewest that hold this share of its energy
+                together with the means.
         """
         for index, (slab, basis) in enumerate(zip(self.slabs, self.stored, strict=True)):
             rows = None if means is None else slab.view(means).transpose(0, 1)  # [count, K, w]
@@ -247,7 +249,8 @@ def _directions(
             captured = inside.square().sum((-2, -1))
             sketch = sketch - inside @ first
     if sketch is not None and (left := k - sum(p.shape[1] for p in parts)) > 0:
-        rest, values = _principal(sketch, min(left, sketch.shape[1]))
+        floor = None if total is None or means is None else _ROUNDING * total
+        rest, values = _principal(sketch, min(left, sketch.shape[1]), floor)
         if energy is not None and total is not None and captured is not None:
             before = captured.unsqueeze(-1) + values.cumsum(-1) - values
             needed = before < energy * total.unsqueeze(-1)
@@ -258,14 +261,17 @@ def _directions(
     return _orthonormalise(torch.cat(parts, dim=1))
 
 
-def _principal(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _principal(rows: Tensor, k: int, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Top-k right-singular directions of `rows` [..., n, w], and their squared singular values.
 
-    Directions that are rounding noise come out as zero rows with value zero.
+    Directions that are rounding noise come out as zero rows with value zero: beside the strongest,
+    or up to `floor` [...], where the rows are what a subtraction has left.
     """
     values, vectors, scale = gram_eigh(rows)
     values, vectors = values[..., :k], vectors[..., :k]
     kept = values > _NOISE * values[..., :1]
+    if floor is not None:
+        kept &= values * scale.squeeze(-1).double().square() > floor.double().unsqueeze(-1)
     inverse = torch.where(kept, values.clamp_min(1e-300).rsqrt(), torch.zeros_like(values))
     directions = (vectors * inverse.unsqueeze(-2)).mT.float() @ (rows / scale)
     energy = torch.where(kept, values, torch.zeros_like(values))

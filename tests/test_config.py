@@ -95,6 +95,11 @@ def test_unknown_key_suggests_the_nearest():
         ({"basis_dtype": "int4"}, "basis_dtype"),
         ({"constraint": "orthogonal", "offload": "yes"}, "offload"),
         ({"metric_damping": 0}, "metric_damping"),
+        # With what is infinite a step has no length, and every row leaves it alone.
+        ({"metric_damping": float("inf")}, "metric_damping"),
+        ({"max_correction": float("inf")}, "max_correction"),
+        ({"restoration_cap": float("inf")}, "restoration_cap"),
+        ({"budget": 1e39}, "budget"),
     ],
 )
 def test_out_of_range_is_refused_by_name(values, named):
@@ -106,6 +111,7 @@ def test_out_of_range_is_refused_by_name(values, named):
     ("values", "named"),
     [
         ({"sketch_size": 4, "rank": 8}, "sketch_size"),
+        ({"constraint": "orthogonal", "rows": "means", "energy": 0.5}, "energy"),
         ({"constraint": "budget", "space": "gradient"}, "space='update'"),
         ({"constraint": "budget", "granularity": "adapter"}, "granularity='global'"),
         ({"constraint": "budget", "restoration": 0.5}, "restoration"),

@@ -291,6 +291,10 @@ def test_a_data_set_without_kinds_has_no_rows_of_one(tiny_peft, tmp_path):
         ({"limit": 0}, "`limit`"),
         ({"beta": -0.1}, "`beta`"),
         ({"max_length": "long"}, "`max_length`"),
+        # Nothing would be constrained, the other references neither.
+        ({"budget": float("inf")}, "`budget`.*below"),
+        ({"budget": float("nan")}, "`budget`"),
+        ({"share": 1e39}, "`share`"),
     ],
 )
 def test_settings_are_checked_by_name(values, named):

@@ -76,6 +76,14 @@ def test_nearly_parallel_means_do_not_leave_a_basis_of_noise():
     assert subspace.dimensions["all"] == 1
 
 
+def test_a_sketch_within_the_means_adds_no_directions_of_rounding():
+    means = of_rank(2, 400, 2)
+    mixed = torch.tensor([[3.0, 0.1], [0.2, -1.0], [1.0, 1.0]], dtype=torch.float64) @ means
+    assert estimated(mixed, 6, means).dimensions["all"] == 2
+    outside = torch.cat([mixed, 1e-3 * of_rank(1, 400, 1, seed=5)])
+    assert estimated(outside, 6, means).dimensions["all"] == 3
+
+
 def test_energy_keeps_the_fewest_rows_that_hold_the_share():
     rows = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]))
     shares = torch.tensor([9.0, 4.0, 1.0, 0.25]).cumsum(0) / 14.25
