@@ -61,7 +61,6 @@ class OGPSACallback(TrainerCallback):
         self.resume_from_checkpoint = resume_from_checkpoint and Path(resume_from_checkpoint)
         #: The running projector, from the beginning of training on.
         self.ogpsa: OGPSA | None = None
-        self._checked = False
 
     def attach(self, trainer: Any) -> OGPSACallback:
         """Put the callback in front of `trainer`'s own, so that `report_to` sees its numbers.
@@ -84,7 +83,6 @@ class OGPSACallback(TrainerCallback):
     ) -> None:
         """Prepare the references and register the hooks."""
         _check_arguments(args)
-        self._checked = False
         if self.ogpsa is not None:
             self.ogpsa.detach()
         self.ogpsa = OGPSA(
@@ -141,23 +139,6 @@ class OGPSACallback(TrainerCallback):
             self.ogpsa.steps = step
             return
         self.ogpsa.load(folder)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Say after the first step what the training loss leaves idle."""
-        if self._checked or self.ogpsa is None:
-            return
-        self._checked = True
-        config = self.ogpsa.config
-        if self.ogpsa.saw_labels is False and (config.penalty is None or config.first_token_weight):
-            logger.warning(
-                "The training loss is not one on labels in the model's call (TRL and transformers "
-                "take them out for `label_smoothing_factor` and `compute_loss_func`): "
-                "`first_token_weight` does nothing then, nor does a `penalty` that is not given. "
-                "Harmful prompts and harmless look-alikes will be told apart less well. Give "
-                "`penalty`, and `first_token_weight=0` if that is wanted."
-            )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

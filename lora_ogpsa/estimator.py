@@ -74,8 +74,9 @@ class Estimator:
         self.slabs = space.slabs(config.granularity or "adapter")
         # Where they only go into bases, at intervals, they would take up the device in vain.
         home = "cpu" if config.mean_rows_idle else space.device
-        self.means = torch.zeros(len(self.objectives), space.size, device=home)
-        self.excess = torch.zeros(len(self.objectives), device=space.device)
+        count, size = len(self.objectives), space.size
+        self.means = torch.zeros(count, size, dtype=torch.float32, device=home)
+        self.excess = torch.zeros(count, dtype=torch.float32, device=space.device)
         #: Which references a refresh has measured since this was last cleared.
         self.measured = torch.zeros(len(self.objectives), dtype=torch.bool, device=space.device)
         # How much of each mean row is data rather than its initial zero (bias correction).
@@ -276,7 +277,7 @@ class Estimator:
         """
         objective = self.objectives[index]
         batch = self.config.reference_batch_size
-        sums = torch.zeros(2, device=self.space.device)
+        sums = torch.zeros(2, dtype=torch.float32, device=self.space.device)
         todo = examples
         while todo:
             part = todo[:batch]

@@ -10,14 +10,10 @@ from lora_ogpsa.errors import ProjectionError
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The innermost optimizer: accelerate's wrapper has no step hooks of its own."""
-    seen = set()
-    while (
-        hasattr(optimizer, "optimizer")
-        and id(optimizer) not in seen
-        and not is_deepspeed(optimizer)
-    ):
-        seen.add(id(optimizer))
+    """The optimizer inside accelerate's wrapper, which has no step hooks of its own."""
+    while any(kind.__name__ == "AcceleratedOptimizer" for kind in type(optimizer).__mro__):
+        if is_deepspeed(optimizer):
+            break
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -44,6 +40,12 @@ def check_optimizer(optimizer: Any) -> None:
     if not hasattr(optimizer, "register_step_post_hook") or not hasattr(
         optimizer, "_optimizer_step_post_hooks"
     ):
+        if hasattr(optimizer, "optimizer"):
+            raise ProjectionError(
+                f"{name} wraps another optimizer and has no step hooks, so that nothing tells "
+                "what its own `step` does to the parameters beside the other's. If it leaves them "
+                "alone, pass the optimizer inside (`.optimizer`)."
+            )
         raise ProjectionError(
             f"{name} has no step hooks (it is not a proper `torch.optim.Optimizer`), so its steps "
             "cannot be constrained. Use a torch, transformers or bitsandbytes optimizer."

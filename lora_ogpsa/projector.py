@@ -28,7 +28,7 @@ from lora_ogpsa.quantised import keep_differentiable
 from lora_ogpsa.reference import Objective, Reference, default_references
 from lora_ogpsa.rules import budget_correction, halfspace_correction, restoration_step
 from lora_ogpsa.sharding import check_sharding, local_pair, whole
-from lora_ogpsa.state import load_state, require_equal, save_state
+from lora_ogpsa.state import load_state, require_equal, require_near, save_state
 from lora_ogpsa.steplogs import StepLogs
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class OGPSA:
         self.space = AdapterSpace.from_model(model)
         check_optimizer(self.optimizer)
         check_sharding(model, self.space.parameters)
-        safeguards.check_held(self.space, self.optimizer)
+        self._held = safeguards.check_held(self.space, self.optimizer)
         safeguards.warn_of_rounding(self.space)
         if unpacked := keep_differentiable(model):
             logger.warning(
@@ -125,22 +125,26 @@ class OGPSA:
                 self.config.budget if o.reference.budget is None else o.reference.budget
                 for o in objectives
             ],
+            dtype=torch.float32,
             device=self.space.device,
         )
         self._shares = torch.tensor(
-            [o.reference.share for o in objectives], device=self.space.device
+            [o.reference.share for o in objectives],
+            dtype=torch.float32,
+            device=self.space.device,
         )
         #: Optimizer steps taken so far.
         self.steps = 0
         # The parameters before a step; only within one, when a training pass's memory is free.
         self._flat: Tensor | None = None
-        self._typical = torch.zeros((), device=self.space.device)
+        self._typical = torch.zeros((), dtype=torch.float32, device=self.space.device)
         self._moved = False
         self._skipped = False
         self._armed = False
         self._nested = False
         #: Whether the last training pass got labels; ``None`` before there was one.
         self.saw_labels: bool | None = None
+        self._said_idle = False
         #: Running sums of what happens in steps and refreshes.
         self.logs = StepLogs()
         self._handles: list[Any] = []
@@ -229,7 +233,10 @@ class OGPSA:
     @torch.no_grad()
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         safeguards.refuse_closure(args, kwargs)
-        safeguards.check_held(self.space, self.optimizer)
+        held = safeguards.check_held(self.space, self.optimizer)
+        if not held <= self._held:
+            safeguards.refuse_new(self.model, held - self._held)
+            self._held |= held
         safeguards.check_device(self.space, self._typical)
         # A fused optimizer under a GradScaler runs its hooks even if the step is skipped.
         overflow = getattr(optimizer, "found_inf", None)
@@ -266,10 +273,26 @@ class OGPSA:
             if self._refreshes_after and self.is_refresh_due():
                 self._refresh_after(self._flat)
             self._project_update(self._flat)
+        self._say_what_is_idle()
         self.steps += 1
         self._armed = False
         nested_update = self._nested and self.config.space == "update"
         self._flat = self.space.read() if nested_update else None
+
+    def _say_what_is_idle(self) -> None:
+        """Once a run, what its loss leaves without effect."""
+        config = self.config
+        acts_on_labels = config.penalty is None or config.first_token_weight
+        if self.saw_labels or self._said_idle or not acts_on_labels:
+            return
+        self._said_idle = True
+        logger.warning(
+            "No training pass has called the model, in training mode, with `labels` (TRL and "
+            "transformers take them out for `label_smoothing_factor` and `compute_loss_func`): "
+            "`first_token_weight` does nothing then, nor does a `penalty` that is not given. "
+            "Harmful prompts and harmless look-alikes will be told apart less well. Give "
+            "`penalty`, and `first_token_weight=0` if that is wanted."
+        )
 
     @property
     def _refreshes_after(self) -> bool:
@@ -285,6 +308,7 @@ class OGPSA:
             self.refresh()
         except BaseException:
             self.space.write(before)
+            self._armed, self._flat = False, None
             raise
 
     @full_precision()
@@ -409,21 +433,25 @@ class OGPSA:
                 "estimator": facts,
                 "config": self.config.to_dict(),
                 "layout": self._layout(),
-                "references": self._reference_sizes(),
+                "references": self._references(),
+                "weights": self._weights(),
             },
         )
 
     def load(self, folder: str | Path) -> None:
         """Go on from what :meth:`save` wrote: bases, sketches, schedule and counters.
 
+        Load the adapter's weights first.
+
         Raises:
             StateError: there is no whole state in `folder`, or it belongs to another LoRA layout,
-                other settings or references; the difference is named.
+                other settings, references or weights; the difference is named.
         """
         tensors, facts = load_state(Path(folder))
         require_equal(facts["layout"], self._layout(), "LoRA layout")
         require_equal(facts["config"], self.config.to_dict(), "configuration")
-        require_equal(facts["references"], self._reference_sizes(), "set of references")
+        require_equal(facts["references"], self._references(), "set of references")
+        require_near(facts["weights"], self._weights())
         self.estimator.load_state_dict(tensors, facts["estimator"])
         self._typical.copy_(tensors["typical"])
         if self.metric is not None:
@@ -437,8 +465,23 @@ class OGPSA:
             for name, shape in zip(block.parameters, block.shapes, strict=True)
         }
 
-    def _reference_sizes(self) -> dict[str, int]:
-        return {objective.name: len(objective) for objective in self.estimator.objectives}
+    def _references(self) -> dict[str, Any]:
+        return {
+            f"{objective.name}.{key}": value
+            for objective in self.estimator.objectives
+            for key, value in objective.identity().items()
+        }
+
+    def _weights(self) -> dict[str, float]:
+        """The length of every LoRA parameter, by which a state is told from another run's.
+
+        Sharded ones are left out: to put them together every process would have to save.
+        """
+        if self.space.sharded:
+            return {}
+        norms = [view.norm() for view in self.space.views(self.space.read())]
+        found = torch.stack(norms).tolist()
+        return dict(zip(self.space.parameter_names, found, strict=True))
 
     # ------------------------------------------------------------------ reporting
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ogpsa.adapters import AdapterSpace
 from lora_ogpsa.config import OGPSAConfig
@@ -54,9 +54,14 @@ def refuse_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def check_held(space: AdapterSpace, optimizer: Any) -> None:
-    """The optimizer must hold the very parameters of the adapter, and they must be trainable."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def check_held(space: AdapterSpace, optimizer: Any) -> set[int]:
+    """The optimizer must hold the very parameters of the adapter, and they must be trainable.
+
+    Returns:
+        The `id` of all trainable parameters that it holds.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = {id(p) for p in parameters}
     for name, parameter in zip(space.parameter_names, space.parameters, strict=True):
         if id(parameter) not in held:
             raise ProjectionError(
@@ -68,6 +73,25 @@ def check_held(space: AdapterSpace, optimizer: Any) -> None:
             raise ProjectionError(
                 f"`{name}` was frozen after OGPSA was attached. Freeze before that, or detach "
                 "it and create a new OGPSA."
+            )
+    return {id(p) for p in parameters if p.requires_grad}
+
+
+def refuse_new(model: nn.Module, parameters: set[int]) -> None:
+    """No LoRA parameter may be trained that OGPSA has not been told of.
+
+    Args:
+        model: the PEFT model.
+        parameters: the `id` of those that were not trained before.
+
+    Raises:
+        ProjectionError: one of them is LoRA's.
+    """
+    for name, parameter in model.named_parameters():
+        if id(parameter) in parameters and ".lora_" in name:
+            raise ProjectionError(
+                f"`{name}` is trained since OGPSA was attached, and would be without protection. "
+                "Make it trainable before that, or detach OGPSA and create a new one."
             )
 
 
@@ -142,7 +166,9 @@ def check_movement(space: AdapterSpace, optimizer: Any, step: Tensor) -> bool:
     Returns:
         Whether this step was one to judge by: a zero learning rate or gradient moves nothing.
     """
-    if not any(float(group["lr"]) > 0 for group in optimizer.param_groups):
+    # Schedule-free optimizers have a warm-up of their own.
+    rates = [group.get("scheduled_lr", group["lr"]) for group in optimizer.param_groups]
+    if not any(float(rate) > 0 for rate in rates):
         return False
     grads = [p.grad for p in space.parameters if p.grad is not None]
     if not any(bool(whole(g).any()) for g in grads):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,26 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{FORMAT}. Update lora_ogpsa."
         )
     return tensors, facts
+
+
+def require_near(found: dict[str, float], expected: dict[str, float]) -> None:
+    """The weights that a state was saved beside must be those that training goes on from.
+
+    Args:
+        found: the length of each parameter when the state was saved.
+        expected: the same now.
+
+    Raises:
+        StateError: one differs by more than rounding would explain.
+    """
+    for name in found.keys() & expected.keys():
+        if not math.isclose(found[name], expected[name], rel_tol=1e-2, abs_tol=1e-6):
+            raise StateError(
+                f"The saved OGPSA state belongs to other weights: `{name}` had length "
+                f"{found[name]:.6g} and has {expected[name]:.6g}. Load the checkpoint's weights "
+                "first; where the Trainer resumes from another folder than its `output_dir`, pass "
+                "OGPSACallback(resume_from_checkpoint=...)."
+            )
 
 
 def require_equal(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:

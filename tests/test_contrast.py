@@ -514,8 +514,13 @@ def test_other_models_readers_are_found(tiny_tokenizer: Any) -> None:
 
 
 _SIZES: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "pad_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 

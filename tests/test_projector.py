@@ -664,6 +664,113 @@ def test_freezing_mid_run_stops_the_run(tiny_peft):
             optimizer.step()
 
 
+def test_what_is_unfrozen_mid_run_stops_the_run(tiny_peft):
+    model = tiny_peft(warm=True)
+    parameters = adapter_parameters(model)
+    parameters[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    with OGPSA(model, optimizer, two_references()):
+        training_step(model, 0)
+        optimizer.step()
+        parameters[0].requires_grad_(True)
+        with pytest.raises(ProjectionError, match="is trained since OGPSA was attached"):
+            optimizer.step()
+
+
+def test_an_adapter_added_mid_run_stops_the_run(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    with OGPSA(model, optimizer, two_references()):
+        training_step(model, 0)
+        optimizer.step()
+        head = torch.nn.Parameter(torch.zeros(2))
+        optimizer.add_param_group({"params": [head]})  # none of the model's
+        training_step(model, 1)
+        optimizer.step()
+        model.add_adapter("more", LoraConfig(r=2, target_modules=["q_proj"]))
+        model.base_model.set_adapter(["default", "more"])
+        more = [p for n, p in model.named_parameters() if ".more." in n]
+        optimizer.add_param_group({"params": more})
+        training_step(model, 2)
+        with pytest.raises(ProjectionError, match="more.weight` is trained since"):
+            optimizer.step()
+
+
+class _Lookahead:
+    """Moves the parameters after the steps of the optimizer inside, as many wrappers do."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+def test_a_wrapper_whose_step_is_not_seen_is_refused(tiny_peft):
+    model = tiny_peft()
+    optimizer = _Lookahead(torch.optim.SGD(adapter_parameters(model), lr=0.01))
+    with pytest.raises(ProjectionError, match=r"_Lookahead wraps another .*pass the optimizer in"):
+        OGPSA(model, optimizer, two_references())
+
+
+def test_schedule_free_radam_may_rest_at_first(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = schedulefree.RAdamScheduleFree(adapter_parameters(model), lr=1e-2)
+    optimizer.train()
+    with OGPSA(model, optimizer, two_references()) as ogpsa:
+        before = ogpsa.space.read()
+        for step in range(8):
+            training_step(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.equal(ogpsa.space.read(), before)
+
+
+def test_training_in_evaluation_mode_is_reported_once(tiny_peft, caplog):
+    model = tiny_peft(warm=True).eval()
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    with OGPSA(model, optimizer, two_references()):
+        for step in range(2):
+            training_step(model, step)
+            optimizer.step()
+    assert caplog.text.count("in training mode, with `labels`") == 1
+
+
+def test_a_refresh_that_fails_leaves_the_next_step_whole(tiny_peft, monkeypatch):
+    twins = []
+    for fails in (False, True):
+        model = tiny_peft(warm=True)
+        optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+        with OGPSA(model, optimizer, two_references(), OGPSAConfig(penalty=1.0)) as ogpsa:
+            training_step(model, 0)
+            if fails:
+                before = ogpsa.space.read()
+                with monkeypatch.context() as broken:
+                    broken.setattr(ogpsa.estimator, "refresh", _interrupted)
+                    with pytest.raises(KeyboardInterrupt):
+                        optimizer.step()
+                assert torch.equal(ogpsa.space.read(), before)
+            for _ in range(2):
+                optimizer.step()
+            twins.append(ogpsa.space.read())
+    assert torch.equal(*twins)
+
+
+def _interrupted():
+    raise KeyboardInterrupt
+
+
+def test_the_default_dtype_does_not_matter(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with OGPSA(model, optimizer, two_references()) as ogpsa:
+            training_step(model, 0)
+            optimizer.step()
+            assert ogpsa.estimator.means.dtype == ogpsa.estimator.excess.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_swapping_parameters_in_the_optimizer_stops_the_run(tiny_peft):
     model = tiny_peft(warm=True)
     optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)

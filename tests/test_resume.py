@@ -133,8 +133,37 @@ def test_another_rank_is_refused(tiny_peft, saved):
 
 
 def test_other_references_are_refused(tiny_peft, saved):
-    with pytest.raises(StateError, match="another set of references: `a` was 6 and is None"):
+    with pytest.raises(
+        StateError, match="another set of references: `a.[a-z_]+` was .* and is None"
+    ):
         attached(tiny_peft, refs=[token_reference("c", n=3), token_reference("b", n=6)]).load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"loss": "distill"}, "`a.loss` was 'sft' and is 'distill'"),
+        ({"budget": 0.4}, "`a.budget` was None and is 0.4"),
+        ({"share": 2.0}, "`a.share` was 1.0 and is 2.0"),
+        ({"seed": 9}, "`a.tokens` was"),
+    ],
+)
+def test_a_changed_reference_is_refused(tiny_peft, tmp_path, changed, said):
+    config = CONFIGS["orthogonal"]
+    refs = [token_reference("a", n=6), token_reference("b", n=6)]
+    attached(tiny_peft, config, refs).save(tmp_path)
+    refs[0] = token_reference("a", n=6, **changed)
+    with pytest.raises(StateError, match=f"another set of references: {said}"):
+        attached(tiny_peft, config, refs).load(tmp_path)
+
+
+def test_a_state_beside_other_weights_is_refused(tiny_peft, tmp_path):
+    """The Trainer goes on from another folder than the one its own checkpoints lie in."""
+    trained(tiny_peft, tmp_path / "a", CONFIGS["budget"], steps=2)
+    trained(tiny_peft, tmp_path / "b", CONFIGS["budget"], steps=2, weight_decay=20.0)
+    given = str(tmp_path / "a" / "checkpoint-2")
+    with pytest.raises(StateError, match=r"other weights.*OGPSACallback\(resume_from_checkpoint"):
+        trained(tiny_peft, tmp_path / "b", CONFIGS["budget"], steps=4, resume=given)
 
 
 def test_a_newer_format_is_refused(tiny_peft, saved, monkeypatch):
