@@ -114,7 +114,9 @@ def _owners(
         if kind == "weight":
             module = model.get_submodule(owner)
             if type(module) is not nn.Linear:
-                raise CaptureError(f"`{owner}` is a {type(module).__name__}, not a plain Linear.")
+                raise CaptureError(
+                    f"`{owner}` is a {type(module).__name__}, not a plain Linear.", owner
+                )
             owners[owner] = (module, target, targets.get(f"{owner}.bias"))
     return owners
 
@@ -149,7 +151,8 @@ def _captured_forward(
         if x.dim() < 3 or x.shape[0] != examples * fold:
             raise CaptureError(
                 f"`{name}` was called with an input of shape {tuple(x.shape)}; per-example "
-                f"gradients need [{examples * fold}, ..., {x.shape[-1]}], the examples first."
+                f"gradients need [{examples * fold}, ..., {x.shape[-1]}], the examples first.",
+                name,
             )
         bias = None if module.bias is None else module.bias.detach()
         return _CapturedLinear.apply(x, module.weight.detach(), bias, capture.anchor, sink)

@@ -28,7 +28,16 @@ class AdapterError(OGPSAError, ValueError):
 
 
 class CaptureError(OGPSAError, RuntimeError):
-    """Per-example gradients cannot be told apart in one backward pass for some module."""
+    """Per-example gradients cannot be told apart in one backward pass for some module.
+
+    Args:
+        message: the text.
+        module: its full name.
+    """
+
+    def __init__(self, message: str, module: str) -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class ReentrantCheckpointError(OGPSAError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -99,18 +100,27 @@ class ReferencePass:
         while True:
             try:
                 return self._attempt(objective, examples, total, rows)
-            except CaptureError:
-                if not self._capturable:
+            except CaptureError as error:
+                lost = self._like(error.module)
+                if not lost:
                     raise
-                # Some layer does not see the examples one by one (a router that flattens
-                # tokens): from here on every tensor gives one row per micro-batch.
-                self._capturable = set()
+                # The layer does not see the examples one by one (it flattens tokens): from here
+                # on its tensors, and those of its like, give one row per micro-batch.
+                self._capturable -= lost
             except _PassedByError as error:
                 self._capturable -= error.names
             except ReentrantCheckpointError:
                 self._stash = True
             for row in rows or ():
                 row.zero_()
+
+    def _like(self, module: str) -> set[str]:
+        """The parameters of the layer that `module` is a part of, and of the same in all depths."""
+
+        def kind(name: str) -> str:
+            return re.sub(r"\d+", "#", name.partition(".lora_")[0])
+
+        return {name for name in self._capturable if kind(name) == kind(module)}
 
     def _attempt(
         self,
