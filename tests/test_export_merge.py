@@ -528,6 +528,18 @@ def test_overwrite_does_not_delete_what_is_no_export(bases, adapter, tmp_path):
     for overlap in (bases["untied"], bases["untied"] / "sub", bases["untied"].parent, adapter):
         with pytest.raises(ExportError, match="overlaps"):
             _merge(adapter, overlap, base=bases["untied"], overwrite=True)
+    # Another model, and an export beside which something else was put.
+    other, out = shutil.copytree(bases["tied"], tmp_path / "other"), tmp_path / "out"
+    with pytest.raises(ExportError, match="no merge_report.json.* not an earlier export"):
+        _merge(adapter, other, base=bases["untied"], overwrite=True)
+    _merge(adapter, out, base=bases["untied"])
+    (out / "checkpoints").mkdir()
+    with pytest.raises(ExportError, match="holds checkpoints beside an earlier export"):
+        _merge(adapter, out, base=bases["untied"], overwrite=True)
+    assert (other / "model.safetensors").is_file() and (out / "checkpoints").is_dir()
+    # A tokenizer with several templates has a folder of them, which a merge copies.
+    (out / "checkpoints").rename(out / "additional_chat_templates")
+    _merge(adapter, out, base=bases["untied"], overwrite=True)
 
 
 def test_too_little_disk_is_found_before_writing(bases, adapter, tmp_path, monkeypatch):

@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_ogpsa.errors import ExportError
+from lora_ogpsa.export.model_files import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
+# In every merged model, and in no other folder.
+REPORT_JSON = "merge_report.json"
 # Beyond the tensors: tokenizer, reports, file-system blocks.
 SPACE_MARGIN = 64 * 1024**2
 
@@ -66,11 +69,20 @@ def check_output(output: Path, *, overwrite: bool, inputs: list[Path]) -> None:
             f"{output} exists and is not empty. Choose another output, or pass --overwrite to "
             "replace it once the new one is complete."
         )
-    if not (output / "config.json").is_file():
+    advice = "so --overwrite will not delete it. Remove it yourself or choose another output."
+    if not (output / REPORT_JSON).is_file():
         raise ExportError(
-            f"{output} holds no config.json, so it is not an earlier export and --overwrite will "
-            "not delete it. Remove it yourself or choose another output."
+            f"{output} holds no {REPORT_JSON}, which every merged model has: it is not an earlier "
+            f"export, {advice}"
         )
+    # Of folders a tokenizer's chat templates alone, where it has several.
+    others = [
+        path.name
+        for path in sorted(output.iterdir())
+        if path.is_dir() and path.name not in TOKENIZER_FILES
+    ]
+    if others:
+        raise ExportError(f"{output} holds {', '.join(others)} beside an earlier export, {advice}")
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from lora_ogpsa.export.checkpoint import (
     refuse_foreign_quantisation,
 )
 from lora_ogpsa.export.empty_model import empty_model
-from lora_ogpsa.export.folder import check_output, require_space, staged_folder
-from lora_ogpsa.export.model_files import write_model_files
+from lora_ogpsa.export.folder import REPORT_JSON, check_output, require_space, staged_folder
+from lora_ogpsa.export.model_files import write_json, write_model_files
 from lora_ogpsa.export.plan import TensorPlan
 from lora_ogpsa.export.quantisation import Quantisation, recorded_quantisation
 from lora_ogpsa.export.skeleton import AdaptedSkeleton
@@ -175,6 +175,7 @@ def merge_adapter(
             vocab_size=config.get_text_config().vocab_size,
         )
         report.seconds = time.monotonic() - started
+        write_json(stage / REPORT_JSON, {"merge": report.to_dict(), "verification": None})
         if before_publish is not None:
             before_publish(stage, report)
     return report

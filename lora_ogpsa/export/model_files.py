@@ -65,7 +65,7 @@ def write_model_files(
     if not (folder / "generation_config.json").is_file():
         _write_generation_config(folder, base_folder)
     # The config comes last: without it no program takes the folder for a model.
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def _write_generation_config(folder: Path, base_folder: Path) -> None:
@@ -84,5 +84,6 @@ def _copy(patterns: tuple[str, ...], source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

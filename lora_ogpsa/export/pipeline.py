@@ -12,13 +12,14 @@ from typing import Any
 
 from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export.card import write_model_card
+from lora_ogpsa.export.folder import REPORT_JSON
 from lora_ogpsa.export.merge import MergeReport, Strategy, merge_adapter
+from lora_ogpsa.export.model_files import write_json
 from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
 from lora_ogpsa.export.sources import Adapters, AdapterSource, resolve_adapters
 from lora_ogpsa.export.verification import Tolerance, VerificationReport
 from lora_ogpsa.export.verify import Prompt, verify_merge
 
-REPORT_JSON = "merge_report.json"
 REPORT_MARKDOWN = "merge_report.md"
 
 
@@ -196,7 +197,7 @@ def _write_reports(
         "merge": report.to_dict(),
         "verification": verification.to_dict() if verification else None,
     }
-    (folder / REPORT_JSON).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / REPORT_JSON, facts)
     lines = [f"# Merge of {', '.join(str(f) for f, _ in report.adapters)}", ""]
     lines += [f"- base: {report.base}", f"- strategy: {report.strategy}, {report.dtype}"]
     lines += [f"- {note}" for note in report.notes]
