@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.errors import ConfigError, one_line
 
 # Sizes of a smoke run: every part of the pipeline runs, on a handful of examples.
 _SMOKE_TRAINING = {
@@ -120,17 +120,7 @@ def _shrunk_evaluation(given: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers may be written ``5e-4`` and whose keys may not be given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"`{key.value}` is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    """YAML whose numbers may be written ``5e-4``."""
 
 
 _Loader.add_implicit_resolver(  # YAML 1.1, which PyYAML speaks, takes 5e-4 for a text
@@ -140,12 +130,54 @@ _Loader.add_implicit_resolver(  # YAML 1.1, which PyYAML speaks, takes 5e-4 for 
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        # Beforehand, because PyYAML writes what a merge key brings into the mapping as if given.
+        _require_single_keys(node, set())
+        return _own_copies(loader.construct_document(node))
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{place}{where}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{place}: not valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # dates such as 2024-13-01 are a ValueError
+        raise ConfigError(f"{place}: not valid YAML: {one_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"{place}: nested too deeply, or an alias stands inside of what it names"
+        ) from error
+
+
+def _require_single_keys(node: Any, seen: set[int]) -> None:
+    """Refuse mappings that give a key twice, of which PyYAML takes the last without a word."""
+    if isinstance(node, yaml.ScalarNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _require_single_keys(item, seen)
+        return
+    given = set()
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in given:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{key.value}` is given twice", key.start_mark
+                )
+            given.add((key.tag, key.value))
+        _require_single_keys(value, seen)
+
+
+def _own_copies(value: Any) -> Any:
+    """`value` with a copy for every alias, which is the very object of its anchor.
+
+    A key that is changed in one of two stages would change in the other too.
+    """
+    if isinstance(value, dict):
+        return {key: _own_copies(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_own_copies(item) for item in value]
+    return value
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -177,6 +177,10 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
         ("a: 1\nb: [1, 2\n", "not valid YAML"),
         ("- a\n- b\n", "expected a mapping of keys to values"),
         ("", "expected a mapping of keys to values. Found nothing"),
+        ("stages:\n- {a: 1, a: 2}\n", "line 2: not valid YAML: `a` is given twice"),
+        ("a: 1\n? [b, c]\n: 2\n", "line 2: not valid YAML: found unhashable key"),
+        ("date: 2024-13-01\n", "not valid YAML: month must be in 1..12"),
+        ("a: &a\n- *a\n", "an alias stands inside of what it names"),
     ],
 )
 def test_broken_files_are_reported_with_their_place(
@@ -215,6 +219,37 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path, tiny_folder: Pa
     assert recipe.stages[0].argument("learning_rate") == 2e-5
     assert recipe.evaluation is not None and recipe.evaluation.limit == 1
     assert recipe.output_dir == Path("elsewhere")
+
+
+def test_an_override_changes_one_of_the_places_that_share_an_anchor(tmp_path: Path) -> None:
+    text = (
+        "stages:\n"
+        "- references: &shared\n  - &first {name: a, limit: 1}\n"
+        "- references: *shared\n"
+        "- references:\n  - {<<: *first, name: b}\n"
+        "evaluation: {measures: &measures {harmful: {limit: 9}}}\n"
+        "again: {<<: *measures}\n"
+    )
+    raw = read_recipe_file(
+        _write(tmp_path, text),
+        overrides=["stages.0.references.0.limit=7", "again.harmful.limit=8"],
+    )
+    limits = [stage["references"][0]["limit"] for stage in raw["stages"]]
+    assert limits == [7, 1, 1]
+    assert raw["evaluation"]["measures"]["harmful"]["limit"] == 9
+    assert raw["again"]["harmful"]["limit"] == 8
+
+
+def test_what_a_merge_key_brings_may_be_given_beside_it(tmp_path: Path) -> None:
+    text = (
+        "stages:\n- ogpsa: &p\n    budget: 0.1\n"
+        "- references:\n  - &q {<<: *p, budget: 0.2}\n"
+        "ogpsa:\n  <<: *q\n  decay: 0.9\n"
+    )
+    raw = read_recipe_file(_write(tmp_path, text))
+    assert raw["ogpsa"] == {"budget": 0.2, "decay": 0.9}
+    assert raw["stages"][1]["references"] == [{"budget": 0.2}]
+    assert raw["stages"][0]["ogpsa"] == {"budget": 0.1}
 
 
 @pytest.mark.parametrize(
