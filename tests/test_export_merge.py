@@ -671,6 +671,9 @@ def test_a_base_stored_in_another_quantisation_is_refused(bases, adapter, tmp_pa
 def test_wrong_settings_are_named(options, match, bases, adapter, tmp_path):
     with pytest.raises(ExportError, match=match):
         _merge(adapter, tmp_path / "out", **{"base": bases["untied"], **options})
+    for weight in ("nan", "inf"):
+        with pytest.raises(ExportError, match=f"the weight of the adapter .* Found {weight}"):
+            _merge([(adapter, float(weight))], tmp_path / "out", base=bases["untied"])
     with pytest.raises(ExportError, match="no adapter"):
         _merge([], tmp_path / "out", base=bases["untied"])
     with pytest.raises(ExportError, match="adapter_config"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,10 @@ def resolve_adapters(adapter: Adapters) -> list[AdapterSource]:
 
 
 def _adapter(path: str | Path, weight: float) -> AdapterSource:
+    if not math.isfinite(weight):
+        raise ExportError(
+            f"the weight of the adapter {path} should be a number such as 0.5. Found {weight}."
+        )
     folder = adapter_folder(path)
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     reason = _unmergeable(config)
