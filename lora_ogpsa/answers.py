@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # At the top, because importing rich draws from Python's random numbers, which a run must not do.
+from rich.console import Console
 from rich.progress import track
 
 from lora_ogpsa.fingerprints import fingerprint, require_switch
@@ -137,7 +138,8 @@ def own_answers(
     )
     stops = stop_tokens(model, tokenizer)
     batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
-    for batch in track(batches, description=title, disable=not batches):
+    console = Console(stderr=True)
+    for batch in track(batches, description=title, disable=not batches, console=console):
         asked = [prompts[i] for i in batch]
         with base_mode(model):
             replies = greedy_replies(model, tokenizer, asked, max_new_tokens, stops)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -73,7 +74,8 @@ def read_inputs(
         text: dict[str, Any] = {
             name: len(references) * rows.T @ rows for name, rows in reading.beginning.items()
         }
-        for batch in track(batches, "contrast adapter: looking at prompts", disable=not progress):
+        console, title = Console(stderr=True), "contrast adapter: looking at prompts"
+        for batch in track(batches, title, disable=not progress, console=console):
             inputs = chat.collate([(list(p), list(a)) for p, a in batch], pad_id=0)
             end = [len(prompt) - 1 - start for prompt, _ in batch]
             is_text, is_answer = _parts(

@@ -12,6 +12,7 @@ from torch.nn import functional
 from lora_ogpsa import Reference, default_references
 from lora_ogpsa.answers import base_mode, own_answers
 from lora_ogpsa.errors import ConfigError, DataError
+from lora_ogpsa.hidden_states import read_inputs
 from lora_ogpsa.reference import Objective
 
 PROMPTS = [{"prompt": f"tell me about topic {i}"} for i in range(5)]
@@ -364,6 +365,18 @@ def test_answers_are_kept_and_not_made_twice(tiny_peft, tiny_tokenizer, tmp_path
     assert len({json.loads(line)["key"] for line in lines}) == 5
     monkeypatch.setattr(model, "generate", None)
     assert own_answers(model, tiny_tokenizer, prompts, **kwargs) == again
+
+
+def test_progress_goes_to_standard_error(tiny_peft, tiny_tokenizer, capsys):
+    model = tiny_peft()
+    own_answers(model, tiny_tokenizer, encoded(tiny_tokenizer), max_new_tokens=4, title="ask")
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("ask ")
+    readers = ["model.layers.0.self_attn.q_proj"]
+    tokens = [([3, 4, 5], [6])], [[([3, 4, 7], [8])]]
+    read_inputs(model.get_base_model(), readers, *tokens, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "contrast adapter: looking at prompts" in shown.err
 
 
 def test_another_base_model_answers_for_itself(tiny_peft, tiny_model, tiny_tokenizer, tmp_path):
