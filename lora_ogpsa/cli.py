@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +50,10 @@ def main() -> None:
     # Threads that spin while they wait for one another make a CPU that is shared with other work
     # three to fifteen times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        # A question mark for what the terminal cannot show, rather than no result at all.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()
 
 
@@ -225,9 +231,9 @@ def evaluate(
     columns = measure_model(
         model, recipe=recipe, limit=limit, load_in_4bit=load_in_4bit, weights=weights or ()
     )
-    out.print(results_table(columns))
     if output is not None:
         list(columns.values())[-1].save(output)
+    out.print(results_table(columns))
 
 
 app.command()(cli_export.merge)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import yaml
 from recipes_for_tests import tiny_recipe
 from typer.testing import CliRunner
 
-from lora_ogpsa.cli import app
+from lora_ogpsa.cli import app, main
 from lora_ogpsa.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -233,6 +234,23 @@ def test_evaluate_puts_an_adapter_beside_its_base(trained: Path, tmp_path: Path)
     assert done.exit_code == 0, done.stderr
     assert "base" in done.stdout and "adapter" in done.stdout and "KL from base" in done.stdout
     assert json.loads(output.read_text())["measures"]["harmful.refused"]["n"] == 2
+
+
+def test_a_terminal_that_lacks_characters_costs_no_results(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, recipe = tmp_path / "measured.json", _recipe(tmp_path, tiny_folder)
+    given = ["evaluate", str(tiny_folder), "--recipe", str(recipe), "--output", str(output)]
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["lora-ogpsa", *given])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    sys.stdout.flush()
+    assert ended.value.code == 0
+    assert b"harmful refused" in shown.getvalue() and b"?" in shown.getvalue()
+    assert json.loads(output.read_text())["measures"]["harmful.refused"]["n"] == 4
 
 
 def test_evaluates_limit_goes_for_measures_with_one_of_their_own(
