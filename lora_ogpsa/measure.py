@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from lora_ogpsa.errors import ExportError, ModelError
 from lora_ogpsa.evaluation import EvaluationResult, EvaluationSuite
 from lora_ogpsa.evaluation import evaluate as evaluate_model
 from lora_ogpsa.export.empty_model import embedding_rows
+from lora_ogpsa.export.model_files import read_json
 from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
-from lora_ogpsa.export.sources import ADAPTER_CONFIG, adapter_folder
+from lora_ogpsa.export.sources import ADAPTER_CONFIG, adapter_folder, adapter_weights
 from lora_ogpsa.models import load_model
 from lora_ogpsa.recipe import Recipe, load_recipe
 from lora_ogpsa.stages import cpu_computes_bfloat16, with_adapter
@@ -125,12 +125,7 @@ def _adapter_folder(name: str) -> Path | None:
 
 def _resize(model: Any, adapter: Path) -> None:
     """Give `model` as many tokens as the embeddings that were saved with the adapter, if any."""
-    from peft import load_peft_weights
-
-    try:
-        rows = embedding_rows(model, [load_peft_weights(str(adapter), device="cpu")])
-    except (OSError, ValueError, RuntimeError):
-        return  # putting the adapter on the model says what is wrong
+    rows = embedding_rows(model, [adapter_weights(adapter)])
     if rows is None or rows == model.get_input_embeddings().num_embeddings:
         return
     # Seeded: the base has no such tokens, and is to be the same model every time.
@@ -141,13 +136,11 @@ def _resize(model: Any, adapter: Path) -> None:
 
 def _training_of(adapter: Path) -> tuple[str, Quantisation | None]:
     """The base that an adapter names, and how it was quantised in training if that is known."""
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(adapter / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{adapter} does not name its base model in adapter_config.json")
-    record: Any = {}
-    if (adapter / RUN_FILE).is_file():
-        record = json.loads((adapter / RUN_FILE).read_text(encoding="utf-8"))
+    record = read_json(adapter / RUN_FILE) if (adapter / RUN_FILE).is_file() else {}
     if Path(base).is_absolute() and not Path(base).exists():
         base = record.get("base", base)  # the folder of another machine
     return base, Quantisation.from_config(record.get("quantisation") or {})

@@ -649,6 +649,27 @@ def test_incomplete_and_pickled_bases_are_refused(bases, adapter, tmp_path):
         _merge(adapter, tmp_path / "out", base=tmp_path / "holes")
 
 
+def test_damaged_files_are_named(bases, adapter, tmp_path):
+    adapter, base = Path(adapter), shutil.copytree(bases["untied"], tmp_path / "base")
+    for file, text, match in (
+        (base / "model.safetensors", None, "base/model.safetensors cannot be read"),
+        (base / "config.json", "{", "base/config.json cannot be read as JSON"),
+        (adapter / "adapter_model.safetensors", None, "adapter_model.safetensors cannot be read"),
+        (adapter / "ogpsa_run.json", "{", "ogpsa_run.json cannot be read as JSON"),
+        (adapter / "adapter_config.json", "{", "adapter_config.json cannot be read as JSON"),
+        (adapter / "adapter_config.json", "[]", "should hold an object, not list"),
+    ):
+        whole = file.read_bytes() if file.exists() else b"{}"
+        file.write_bytes(whole[: len(whole) // 2] if text is None else text.encode())
+        with pytest.raises(ExportError, match=match) as caught:
+            _merge(adapter, tmp_path / "out", base=base)
+        assert "\n" not in str(caught.value)
+        file.write_bytes(whole)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ExportError, match="adapter has no adapter_model.safetensors"):
+        _merge(adapter, tmp_path / "out", base=base)
+
+
 def test_a_base_stored_in_another_quantisation_is_refused(bases, adapter, tmp_path):
     shutil.copytree(bases["untied"], tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())

@@ -14,7 +14,7 @@ import yaml
 from peft import PeftModel, load_peft_weights
 from recipes_for_tests import tiny_recipe
 
-from lora_ogpsa.errors import ModelError
+from lora_ogpsa.errors import ModelError, OGPSAError
 from lora_ogpsa.evaluation import evaluate
 from lora_ogpsa.measure import measure_model, recipe_suite
 from lora_ogpsa.models import load_model
@@ -113,8 +113,16 @@ def test_adapters_that_cannot_be_loaded_are_named(
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "adapter_model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot load the adapter .*broken"):
+    with pytest.raises(OGPSAError, match="broken has no adapter_model.safetensors"):
         measure_model(str(broken), recipe=recipe)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    (broken / "adapter_model.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(OGPSAError, match="broken/adapter_model.safetensors cannot be read"):
+        measure_model(str(broken), recipe=recipe)
+    for name in ("ogpsa_run.json", "adapter_config.json"):
+        (broken / name).write_text('{"peft_type": "LO')
+        with pytest.raises(OGPSAError, match=f"broken/{name} cannot be read as JSON"):
+            measure_model(str(broken), recipe=recipe)
     (folder / "tokenizer.json").write_text(json.dumps({"version": "none"}))
     with pytest.raises(ModelError, match="no usable tokenizer in .*adapter"):
         measure_model(str(folder), recipe=recipe)

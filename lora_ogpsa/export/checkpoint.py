@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ogpsa.errors import ExportError
+from lora_ogpsa.errors import ExportError, one_line
+from lora_ogpsa.export.model_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -24,26 +25,30 @@ class CheckpointReader:
     mapping lives, and a shard of 5 GB would otherwise stay in memory as a whole.
 
     Raises:
-        ExportError: The folder has no safetensors weights.
+        ExportError: The folder has no safetensors weights, or they are damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         files = self._files()
         self._file_of: dict[str, Path] = {}
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         for file in files:
-            with safe_open(file, "pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - not a mapping
-                    self._file_of[key] = file
+            try:
+                with safe_open(file, "pt") as handle:
+                    self._file_of.update(dict.fromkeys(handle.keys(), file))
+            except SafetensorError as error:
+                raise ExportError(
+                    f"{file} cannot be read: {one_line(error)}. Copy or download it again."
+                ) from error
         self._parts = self._packed_parts()
         hidden = {part for parts in self._parts.values() for part in parts.values()}
         self.keys = [key for key in self._file_of if key not in hidden]
 
     def _files(self) -> list[Path]:
         if (self.folder / INDEX).is_file():
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            index = read_json(self.folder / INDEX)
             files = [self.folder / name for name in sorted(set(index["weight_map"].values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
@@ -122,7 +127,7 @@ def refuse_foreign_quantisation(folder: Path) -> None:
 
     int8 and fp8 tensors could be read like any other, and would be wrong without their scales.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     stored = config.get("quantization_config") or {}
     if stored and not stored.get("load_in_4bit"):
         raise ExportError(

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lora_ogpsa.errors import ExportError, one_line
+
 # Tokenizers differ in which of these they have; all that exist are needed.
 TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -82,6 +84,23 @@ def _copy(patterns: tuple[str, ...], source: Path, target: Path) -> None:
                 shutil.copytree(path, target / path.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, target / path.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file with one object.
+
+    Raises:
+        ExportError: It is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(
+            f"{path} cannot be read as JSON: {one_line(error)}. Copy or download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ExportError(f"{path} should hold an object, not {type(content).__name__}.")
+    return content
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export.card import write_model_card
 from lora_ogpsa.export.folder import REPORT_JSON
 from lora_ogpsa.export.merge import MergeReport, Strategy, merge_adapter
-from lora_ogpsa.export.model_files import write_json
+from lora_ogpsa.export.model_files import read_json, write_json
 from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
 from lora_ogpsa.export.sources import Adapters, AdapterSource, resolve_adapters
 from lora_ogpsa.export.verification import Tolerance, VerificationReport
@@ -182,7 +181,7 @@ def _other_merge(
 def _run_facts(adapters: Sequence[AdapterSource]) -> dict[str, Any]:
     """What the run's record says, as far as it is true of what is merged."""
     run = adapters[0].folder / RUN_FILE
-    facts: dict[str, Any] = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    facts: dict[str, Any] = read_json(run) if run.is_file() else {}
     if len(adapters) > 1:  # one run's training and its figures are not those of the mixture
         return {"base": facts["base"]} if "base" in facts else {}
     if adapters[0].weight != 1:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ogpsa.errors import ExportError
+from lora_ogpsa.export.model_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -174,10 +174,10 @@ def recorded_quantisation(adapter: Path, base: Path) -> tuple[Quantisation | Non
     """
     run = adapter / RUN_FILE
     if run.is_file():
-        facts = json.loads(run.read_text(encoding="utf-8"))
+        facts = read_json(run)
         if "quantisation" in facts:
             return Quantisation.from_config(facts["quantisation"] or {}), RUN_FILE
-    stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    stored = read_json(base / "config.json")
     if stored.get("quantization_config"):
         return Quantisation.from_config(stored["quantization_config"]), "the base's config.json"
     return None, "nothing recorded"

@@ -13,13 +13,12 @@ from lora_ogpsa.export.empty_model import (
     empty_model,
     tied_names,
 )
+from lora_ogpsa.export.sources import AdapterSource, adapter_weights
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig
-
-    from lora_ogpsa.export.sources import AdapterSource
 
 
 class AdaptedSkeleton:
@@ -43,7 +42,7 @@ class AdaptedSkeleton:
         supplied: Base tensors that the adapter's own file brings along (resized embeddings).
 
     Raises:
-        ExportError: An adapter does not fit the base.
+        ExportError: An adapter's weights cannot be read, or do not fit the base.
     """
 
     def __init__(
@@ -53,10 +52,9 @@ class AdaptedSkeleton:
         *,
         trust_remote_code: bool = False,
     ) -> None:
-        from peft.utils import load_peft_weights
         from transformers.pytorch_utils import Conv1D
 
-        states = [load_peft_weights(str(a.folder), device="cpu") for a in adapters]
+        states = [adapter_weights(a.folder) for a in adapters]
         self._model = empty_model(config, trust_remote_code=trust_remote_code)
         rows = embedding_rows(self._model, states)
         if rows is not None and rows != config.get_text_config().vocab_size:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_ogpsa.errors import ExportError
+from lora_ogpsa.errors import ExportError, one_line
+from lora_ogpsa.export.model_files import read_json
 from lora_ogpsa.initialisation import PLAIN_INITS
 
+if TYPE_CHECKING:
+    import torch
+
 ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What `AdapterSource` may be: one adapter, or several with the weight of each.
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
 
@@ -59,7 +63,7 @@ def _adapter(path: str | Path, weight: float) -> AdapterSource:
             f"the weight of the adapter {path} should be a number such as 0.5. Found {weight}."
         )
     folder = adapter_folder(path)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_CONFIG)
     reason = _unmergeable(config)
     if reason:
         raise ExportError(f"the adapter {path} cannot be merged: {reason}")
@@ -147,6 +151,32 @@ def adapter_folder(path: str | Path) -> Path:
     reason = f"{path} is no local folder with {ADAPTER_CONFIG} either."
     # Of a training's folder the adapter alone, without the checkpoints below it.
     return _download(str(path), None, reason, ignored="*/*")
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Reads an adapter's tensors.
+
+    Args:
+        folder: As `adapter_folder` finds it.
+
+    Raises:
+        ExportError: The file is not there, or damaged.
+    """
+    from peft.utils import load_peft_weights
+
+    # PEFT would take the folder for a hub id.
+    file = next((name for name in _ADAPTER_WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise ExportError(
+            f"the adapter {folder} has no {_ADAPTER_WEIGHTS[0]}: it is only partly there. Copy or "
+            "download it again."
+        )
+    try:
+        return load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # safetensors and pickle share no base
+        raise ExportError(
+            f"{folder / file} cannot be read: {one_line(error)}. Copy or download it again."
+        ) from error
 
 
 def _download(name: str, files: list[str] | None, reason: str, ignored: str = "original/*") -> Path:
