@@ -225,9 +225,12 @@ def evaluate(
 
     quiet_libraries()
     from lora_ogpsa.console import out
+    from lora_ogpsa.evaluation.result import check_result_file
     from lora_ogpsa.measure import measure_model
     from lora_ogpsa.results import results_table
 
+    if output is not None:  # now rather than after hours
+        check_result_file(output)
     columns = measure_model(
         model, recipe=recipe, limit=limit, load_in_4bit=load_in_4bit, weights=weights or ()
     )

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from lora_ogpsa.cli import app, main
 from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.evaluation.result import check_result_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -251,6 +252,21 @@ def test_a_terminal_that_lacks_characters_costs_no_results(
     assert ended.value.code == 0
     assert b"harmful refused" in shown.getvalue() and b"?" in shown.getvalue()
     assert json.loads(output.read_text())["measures"]["harmful.refused"]["n"] == 4
+
+
+def test_a_place_for_results_that_cannot_be_written_is_found_first(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_ogpsa.measure.measure_model", None)
+    for output, message in (
+        (tmp_path, "is a folder. Give the name of a file"),
+        (Path("/dev/null/measured.json"), "/dev/null/measured.json cannot be written"),
+    ):
+        done = _invoke("evaluate", str(tiny_folder), "--output", str(output))
+        assert done.exit_code == 2 and message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    check_result_file(tmp_path / "new" / "measured.json")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_evaluates_limit_goes_for_measures_with_one_of_their_own(

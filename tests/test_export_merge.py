@@ -32,6 +32,7 @@ from lora_ogpsa import models
 from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export import Quantisation, describe_quantisation, merge_adapter
 from lora_ogpsa.export.checkpoint import parse_size
+from lora_ogpsa.export.folder import staged_file
 from lora_ogpsa.initialisation import base_is_kept
 from lora_ogpsa.quantised import keep_differentiable
 
@@ -540,6 +541,23 @@ def test_overwrite_does_not_delete_what_is_no_export(bases, adapter, tmp_path):
     # A tokenizer with several templates has a folder of them, which a merge copies.
     (out / "checkpoints").rename(out / "additional_chat_templates")
     _merge(adapter, out, base=bases["untied"], overwrite=True)
+
+
+def test_places_that_cannot_be_written_are_named(bases, adapter, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (Path("/dev/null/out"), tmp_path / "file" / "out"):
+        with pytest.raises(ExportError, match=f"{output} cannot be written: .*another place"):
+            _merge(adapter, output, base=bases["untied"])
+        with (
+            pytest.raises(ExportError, match=f"{output} cannot be written"),
+            staged_file(output, overwrite=False),
+        ):
+            raise AssertionError("nothing is worth making for this place")
+    with (
+        pytest.raises(ExportError, match="is a folder"),
+        staged_file(tmp_path, overwrite=True),
+    ):
+        raise AssertionError
 
 
 def test_too_little_disk_is_found_before_writing(bases, adapter, tmp_path, monkeypatch):

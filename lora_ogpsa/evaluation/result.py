@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_ogpsa.errors import DataError
+from lora_ogpsa.errors import DataError, one_line
 from lora_ogpsa.evaluation import statistics
 from lora_ogpsa.evaluation.statistics import Interval
 
@@ -180,6 +180,31 @@ class EvaluationResult:
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read as an evaluation: {error}.") from error
         return cls.from_dict(content)
+
+
+def check_result_file(path: str | Path) -> None:
+    """Checks that a result can be saved in a place, and makes its folder.
+
+    Args:
+        path: what `EvaluationResult.save` will be given.
+
+    Raises:
+        DataError: it is a folder, or no file can be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder. Give the name of a file for the results.")
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {one_line(error)}. Choose another file for the results."
+        ) from error
 
 
 def differences(before: EvaluationResult, after: EvaluationResult) -> dict[str, Interval]:

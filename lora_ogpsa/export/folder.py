@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_ogpsa.errors import ExportError
+from lora_ogpsa.errors import ExportError, one_line
 from lora_ogpsa.export.model_files import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
@@ -98,12 +98,17 @@ def staged_folder(output: Path) -> Iterator[Path]:
 
     Yields:
         The temporary folder, empty.
+
+    Raises:
+        ExportError: No folder can be made in that place.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for stale in sorted(output.parent.glob(f".{output.name}.partial-*")):
-        logger.warning("an earlier export was interrupted and left %s; delete it", stale)
     stage = output.parent / f".{output.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
-    stage.mkdir()
+    with _writable(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        stage.mkdir()
+    for stale in sorted(output.parent.glob(f".{output.name}.partial-*")):
+        if stale != stage:
+            logger.warning("an earlier export was interrupted and left %s; delete it", stale)
     try:
         yield stage
         _flush(stage)
@@ -130,18 +135,34 @@ def staged_file(output: Path, *, overwrite: bool) -> Iterator[Path]:
         The temporary path, in the same folder.
 
     Raises:
-        ExportError: `output` exists and `overwrite` is false.
+        ExportError: `output` exists and `overwrite` is false, it is a folder, or no file can be
+            made in that place.
     """
+    if output.is_dir():
+        raise ExportError(f"{output} is a folder. Give the name of a file.")
     if output.exists() and not overwrite:
         raise ExportError(f"{output} exists. Choose another name, or pass --overwrite.")
-    output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.parent / f".{output.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    with _writable(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        stage.touch()
     try:
         yield stage
         _flush(stage)
         os.replace(stage, output)
     finally:
         stage.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writable(output: Path) -> Iterator[None]:
+    """Says of what cannot be made in a place that another one is needed."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{output} cannot be written: {one_line(error)}. Choose another place."
+        ) from error
 
 
 def _flush(path: Path) -> None:
