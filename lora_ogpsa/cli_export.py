@@ -75,7 +75,11 @@ def merge(
         str, typer.Option(help="Largest weight file; also most of the memory that is needed.")
     ] = "2GB",
     device: Annotated[
-        str, typer.Option(help="Where weights are quantised and merged: `cpu` or `cuda`.")
+        str,
+        typer.Option(
+            help="`cpu` or `cuda`: where a QLoRA adapter's base weights pass through 4 bits. Every "
+            "other weight is merged on the CPU."
+        ),
     ] = "cpu",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload it at the end, privately.")

@@ -67,7 +67,7 @@ def load_model(
     """
     if bnb_4bit_quant_type not in ("nf4", "fp4"):
         raise ModelError(f"unknown bnb_4bit_quant_type {bnb_4bit_quant_type!r}; use nf4 or fp4")
-    target = _device(device)
+    target = checked_device(device)
     options: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": {"": target}}
     source = str(embedded_folder()) if name == EMBEDDED else _checked_source(name)
     tokenizer_source = source if tokenizer_folder is None else str(tokenizer_folder)
@@ -106,7 +106,16 @@ def load_model(
 # ------------------------------------------------------------------------------------ arguments
 
 
-def _device(device: str | None) -> torch.device:
+def checked_device(device: str | None) -> torch.device:
+    """The device of this name, if there is one here.
+
+    Args:
+        device: such as "cpu" or "cuda:1"; ``None`` and "cuda": this process's own GPU, and for
+            ``None`` the CPU where there is none.
+
+    Raises:
+        ModelError: it is unknown, or not there.
+    """
     if device is None and not torch.cuda.is_available():
         return torch.device("cpu")
     if device is None or (device == "cuda" and torch.cuda.is_available()):

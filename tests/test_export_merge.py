@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from lora_ogpsa import models
-from lora_ogpsa.errors import ExportError
+from lora_ogpsa.errors import ExportError, ModelError
 from lora_ogpsa.export import Quantisation, describe_quantisation, merge_adapter
 from lora_ogpsa.export.checkpoint import parse_size
 from lora_ogpsa.export.folder import staged_file
@@ -717,6 +717,14 @@ def test_wrong_settings_are_named(options, match, bases, adapter, tmp_path):
         _merge([], tmp_path / "out", base=bases["untied"])
     with pytest.raises(ExportError, match="adapter_config"):
         _merge(tmp_path / "nothing", tmp_path / "out", base=bases["untied"])
+
+
+@pytest.mark.parametrize(
+    ("device", "match"), [("gpu", "unknown device 'gpu'"), ("cuda:99", "'cuda:99' is not there")]
+)
+def test_a_device_that_is_not_there_is_named(device, match, bases, adapter, tmp_path):
+    with pytest.raises(ModelError, match=match):
+        _merge(adapter, tmp_path / "out", base=bases["untied"], device=device)
 
 
 def test_named_bases_are_found(bases, adapter, tmp_path, monkeypatch):

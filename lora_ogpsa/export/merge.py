@@ -106,7 +106,8 @@ def merge_adapter(
             adapter or in the base's config. A given value wins over the record.
         overwrite: Replace an earlier export at `output`, once the new one is complete.
         max_shard_size: Largest weight file, such as `2GB`; it bounds the memory used.
-        device: Where each tensor is computed (`cpu`, `cuda`).
+        device: Where weights pass through 4-bit storage (`cpu`, `cuda`); everything else is
+            computed on the CPU.
         trust_remote_code: Allow the base's own modelling code.
         progress: Show a progress bar.
         before_publish: Called with the complete temporary folder and the report; an exception
@@ -117,8 +118,12 @@ def merge_adapter(
 
     Raises:
         ExportError: The output, the base, the adapter or the disk does not allow it.
+        ModelError: There is no such device.
     """
+    from lora_ogpsa.models import checked_device
+
     started = time.monotonic()
+    device = str(checked_device(device))
     output = Path(output)
     adapters = resolve_adapters(adapter)
     base_folder, base_name = resolve_base(base, adapters)

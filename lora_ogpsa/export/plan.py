@@ -24,7 +24,7 @@ class TensorPlan:
         requantised: Modules whose weight is passed through 4-bit storage first.
         quantisation: How; None for the original weights.
         config: The base's config.
-        device: Where to compute.
+        device: Where weights pass through 4-bit storage.
 
     Attributes:
         untied: Whether input and output embeddings, tied in the base, became different.
