@@ -66,13 +66,14 @@ def measure_model(
             raise ModelError(f"{name} is no adapter folder: there is nothing to apply at a weight.")
         model, tokenizer = load_model(name, load_in_4bit=bool(load_in_4bit))
         return {name: evaluate_model(model, tokenizer, suite, base=True)}
-    base, quantisation = _training_of(adapter)
+    base, dtype, quantisation = _training_of(adapter)
     if load_in_4bit is None:
         load_in_4bit = quantisation is not None
     chosen = quantisation or Quantisation()
     model, tokenizer = load_model(
         base,
         load_in_4bit=load_in_4bit,
+        dtype=dtype,
         bnb_4bit_quant_type=chosen.quant_type,
         bnb_4bit_use_double_quant=chosen.double_quant,
         tokenizer_folder=adapter if (adapter / "tokenizer_config.json").is_file() else None,
@@ -134,8 +135,8 @@ def _resize(model: Any, adapter: Path) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _training_of(adapter: Path) -> tuple[str, Quantisation | None]:
-    """The base that an adapter names, and how it was quantised in training if that is known."""
+def _training_of(adapter: Path) -> tuple[str, str, Quantisation | None]:
+    """The base that an adapter names, its dtype in training and how it was quantised, if known."""
     config = read_json(adapter / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path")
     if not base:
@@ -143,4 +144,6 @@ def _training_of(adapter: Path) -> tuple[str, Quantisation | None]:
     record = read_json(adapter / RUN_FILE) if (adapter / RUN_FILE).is_file() else {}
     if Path(base).is_absolute() and not Path(base).exists():
         base = record.get("base", base)  # the folder of another machine
-    return base, Quantisation.from_config(record.get("quantisation") or {})
+    quantisation = Quantisation.from_config(record.get("quantisation") or {})
+    dtype = record.get("dtype") or (quantisation and quantisation.load_dtype) or "auto"
+    return base, dtype, quantisation

@@ -306,6 +306,7 @@ def _facts(
     """What the adapter's model card and later stages are told of its training."""
     return {
         "base": recipe.model["model_name_or_path"],
+        "dtype": recipe.model["dtype"],
         "data": stage.dataset_name,
         "ogpsa": stage.acting.to_dict() if protected and stage.acting is not None else None,
         "contrast": None if contrast is None else contrast.to_dict(),

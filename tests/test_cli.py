@@ -322,7 +322,7 @@ def test_an_adapter_from_another_machine_finds_its_base_by_name(
     done = _invoke("evaluate", str(moved), "--limit", "1")
     assert done.exit_code == 0, done.stderr
     facts = json.loads((moved / "ogpsa_run.json").read_text())
-    assert facts["base"] == str(tiny_folder)
+    assert facts["base"] == str(tiny_folder) and facts["dtype"] == "auto"
 
 
 def test_merge_verifies_and_refuses_to_overwrite(trained: Path, tmp_path: Path) -> None:

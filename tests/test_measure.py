@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import PeftModel, load_peft_weights
 from recipes_for_tests import tiny_recipe
@@ -89,6 +90,32 @@ def test_an_adapter_with_tokens_of_its_own(
     assert first["adapter"].measures["divergence.kl"].value > 0
     for heading, result in first.items():
         assert result.model == again[heading].model  # so that it is found in the cache
+
+
+@pytest.mark.parametrize(
+    ("record", "dtype"),
+    [
+        (None, torch.float32),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "auto"}, torch.float32),
+        # Of earlier versions' runs the dtype is known in 4 bits.
+        ({"quantisation": {"load_in_4bit": True, "load_dtype": "bfloat16"}}, torch.bfloat16),
+    ],
+)
+def test_the_base_is_loaded_in_the_dtype_of_the_training(
+    saved: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch, record: Any, dtype: torch.dtype
+) -> None:
+    folder = saved()
+    if record is not None:
+        (folder / "ogpsa_run.json").write_text(json.dumps(record))
+    seen = []
+
+    def look(model: Any, *_: Any, **__: Any) -> None:
+        seen.append(model.get_input_embeddings().weight.dtype)
+
+    monkeypatch.setattr("lora_ogpsa.measure.evaluate_model", look)
+    measure_model(str(folder), recipe=recipe)
+    assert seen == [dtype, dtype]
 
 
 def test_a_hub_id_is_evaluated_as_its_folder_is(
