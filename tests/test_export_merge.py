@@ -543,6 +543,17 @@ def test_overwrite_does_not_delete_what_is_no_export(bases, adapter, tmp_path):
     _merge(adapter, out, base=bases["untied"], overwrite=True)
 
 
+def test_a_link_is_no_place_for_a_merge(bases, adapter, tmp_path):
+    out, link = tmp_path / "out", tmp_path / "link"
+    link.symlink_to(out)
+    with pytest.raises(ExportError, match=f"link is a symbolic link to {out}"):
+        _merge(adapter, link, base=bases["untied"])
+    _merge(adapter, out, base=bases["untied"])
+    with pytest.raises(ExportError, match=f"link is a symbolic link to {out}"):
+        _merge(adapter, link, base=bases["untied"], overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "link", "out"]
+
+
 def test_places_that_cannot_be_written_are_named(bases, adapter, tmp_path):
     (tmp_path / "file").write_text("")
     for output in (Path("/dev/null/out"), tmp_path / "file" / "out"):

@@ -52,8 +52,8 @@ def check_output(output: Path, *, overwrite: bool, inputs: list[Path]) -> None:
         inputs: Folders that are read during the export.
 
     Raises:
-        ExportError: The folder exists and may not be replaced, is not an earlier export, or is
-            (or contains, or lies in) one of the inputs.
+        ExportError: The folder exists and may not be replaced, is not an earlier export or a
+            link, or is (or contains, or lies in) one of the inputs.
     """
     target = output.resolve()
     for path in inputs:
@@ -62,6 +62,12 @@ def check_output(output: Path, *, overwrite: bool, inputs: list[Path]) -> None:
             raise ExportError(
                 f"the output {output} overlaps the input {path}. Choose a folder outside it."
             )
+    if output.is_symlink():
+        # The folder that is complete would take the link's place, and not that of its target.
+        raise ExportError(
+            f"the output {output} is a symbolic link to {target}. Pass that folder itself, or "
+            "remove the link."
+        )
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
