@@ -84,7 +84,8 @@ def as_preference(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[di
     sides = (row["chosen"], row["rejected"])
     if row.get("prompt") is None and all(isinstance(side, str) for side in sides):
         if not all(_TRANSCRIPT_TURN.match(side) for side in sides):
-            return _split_common_text(*sides, name)
+            texts = _text(sides[0], "chosen", name), _text(sides[1], "rejected", name)
+            return _split_common_text(texts[0], texts[1], name)
         sides = (_transcript(sides[0]), _transcript(sides[1]))
     chosen = _turns(sides[0], "chosen", name, role="assistant")
     rejected = _turns(sides[1], "rejected", name, role="assistant")
@@ -137,7 +138,7 @@ def _transcript(text: str) -> list[dict]:
 def _turns(value: Any, field: str, name: str, role: str = "user") -> list[dict]:
     """`value` as messages with text contents: a text becomes one turn of `role`."""
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        return [{"role": role, "content": _text(value, field, name)}]
     turns = []
     for i, turn in enumerate(_sequence(value, field, name)):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
@@ -165,13 +166,22 @@ def _sequence(value: Any, field: str, name: str) -> Sequence[Any]:
 
 
 def _text(value: Any, field: str, name: str) -> str:
-    if isinstance(value, str):
-        return value
     if isinstance(value, list) and all(
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
     ):
-        return "".join(part["text"] for part in value)
-    raise DataError(f"{name}: `{field}` must be text, found {type(value).__name__}: {value!r:.60}")
+        value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise DataError(
+            f"{name}: `{field}` must be text, found {type(value).__name__}: {value!r:.60}"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name}: `{field}` holds half a character ({value[error.start]!a}), as texts do that "
+            "were cut inside of an emoji, and no tokenizer takes it; leave it or the row out"
+        ) from error
+    return value
 
 
 def _split_answer(turns: list[dict], name: str) -> tuple[list[dict], str | None]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+# Characters of a cell; Python's own limit is 131,072, less than a long conversation.
+_CSV_LIMIT = 2**31 - 1
+_TOO_DEEP = 'nested too deeply to be read; expected objects such as {"prompt": "..."}'
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -70,7 +73,8 @@ def load_table(
     if is_file and (config or split):
         raise DataError(
             f"{name}: a file has no config or split (found config={config!r}, split={split!r}); "
-            "leave both out, or name a folder or a hub data set"
+            "leave both out (of a recipe's training data `dataset_config` and "
+            "`dataset_train_split`), or name a folder or a hub data set"
         )
     table: list[dict] | Dataset
     if name.startswith("embedded:"):
@@ -151,6 +155,8 @@ def _parse_text(text: str, suffix: str, name: str) -> list[dict]:
             numbered = list(enumerate(json.loads(text), start=1))
         except json.JSONDecodeError as error:
             raise DataError(f"{name}, line {error.lineno}: not valid JSON: {error.msg}") from error
+        except RecursionError as error:
+            raise DataError(f"{name}: {_TOO_DEEP}") from error
         unit = "item"
     else:
         numbered, unit = [], "line"
@@ -165,6 +171,8 @@ def _parse_text(text: str, suffix: str, name: str) -> list[dict]:
                         f"{error.colno}; expected one object per line"
                         + (" or one list of objects" if suffix == ".json" else "")
                     ) from error
+                except RecursionError as error:
+                    raise DataError(f"{name}, line {number}: {_TOO_DEEP}") from error
     for number, row in numbered:
         if not isinstance(row, dict):
             raise DataError(
@@ -177,18 +185,27 @@ def _parse_text(text: str, suffix: str, name: str) -> list[dict]:
 def _parse_csv(text: str, name: str) -> list[dict]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
+    usual = csv.field_size_limit(_CSV_LIMIT)
     try:
+        names = list(reader.fieldnames or ())
+        repeated = sorted({column for column in names if names.count(column) > 1})
+        if repeated:
+            raise DataError(
+                f"{name}: the header names {', '.join(map(repr, repeated))} more than once; give "
+                "each column a name of its own"
+            )
         for row in reader:
             # DictReader files surplus cells under the key None and fills missing ones with None.
             if None in row or None in row.values():
-                header = reader.fieldnames or ()
                 raise DataError(
                     f"{name}, line {reader.line_num}: the number of cells differs from the "
-                    f"header's {len(header)} ({', '.join(header)})"
+                    f"header's {len(names)} ({', '.join(names)})"
                 )
             rows.append(dict(row))
     except csv.Error as error:
         raise DataError(f"{name}, after line {reader.line_num}: not valid CSV: {error}") from error
+    finally:
+        csv.field_size_limit(usual)
     return rows
 
 

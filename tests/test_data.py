@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 
 import datasets
@@ -52,6 +53,13 @@ def test_csv_cells_may_hold_line_breaks(tmp_path):
     assert load_rows(path) == [{"prompt": "two\nlines", "answer": "a, b"}]
 
 
+def test_csv_cells_may_be_long(tmp_path):
+    usual = csv.field_size_limit()
+    (row,) = load_rows(write(tmp_path / "a.csv", f"prompt\n{'x' * 200_000}\n"))
+    assert len(row["prompt"]) == 200_000
+    assert csv.field_size_limit() == usual
+
+
 def test_limit_and_shuffle(tmp_path):
     path = write(tmp_path / "a.jsonl", jsonl(ROWS))
     assert load_rows(path, limit=2) == ROWS[:2]
@@ -102,6 +110,9 @@ def test_saved_data_sets(tmp_path):
         ("a.csv", "a,b\n1,2\n1\n", r"a\.csv, line 3: .* header's 2 \(a, b\)"),
         ("a.csv", "a,b\n1,2,3\n", r"a\.csv, line 2: .* header's 2 \(a, b\)"),
         ("a.csv", 'a,b\n"x"y,2\n', r"a\.csv, after line 1: not valid CSV"),
+        ("a.csv", "a,b,a,b\n1,2,3,4\n", r"a\.csv: the header names 'a', 'b' more than once"),
+        ("a.json", "[" * 100_000, r"a\.json: nested too deeply"),
+        ("a.jsonl", '{}\n{"a":' + "[" * 100_000, r"a\.jsonl, line 2: nested too deeply"),
         ("a.jsonl", b"\xff\xfe{}", r"a\.jsonl: cannot be read as UTF-8 text"),
         ("a.parquet", "no", r"a\.parquet: not a readable parquet file"),
         ("a.txt", "hello", r"a\.txt: unknown file type '\.txt'; accepted are \.jsonl"),
@@ -216,6 +227,8 @@ def test_as_messages(row, expected):
         ({"messages": [{"role": "user", "content": None}]}, "turn 1` must be text, found NoneType"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must be text"),
         ({"question": "1 + 1?", "answer": 2}, "`answer` must be text or a list of messages"),
+        ({"prompt": "a \ud83d"}, r"row 7: `prompt` holds half a character \('\\ud83d'\)"),
+        ({"messages": [{"role": "user", "content": "\ude00"}]}, "turn 1` holds half a character"),
     ],
 )
 def test_as_messages_refuses(row, message):
@@ -280,6 +293,7 @@ def test_as_preference_of_plain_texts_cuts_between_words():
         ({"prompt": "Hi", "chosen": "x"}, "the fields are `prompt`, `chosen`; accepted are"),
         ({"chosen": "abc", "rejected": "xyz"}, "share no beginning"),
         ({"chosen": "same text", "rejected": "same"}, "share no beginning"),
+        ({"chosen": "a b", "rejected": "a \ud83d"}, "`rejected` holds half a character"),
         ({"chosen": [BOT], "rejected": [BOT]}, "there is no `prompt`"),
         ({"chosen": [USER, BOT], "rejected": [SYSTEM, USER, BOT]}, r"\(2 turns\).*\(3 turns\)"),
         ({"prompt": "Hi", "chosen": " ", "rejected": "x"}, "must end with an assistant's answer"),
