@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -231,7 +232,8 @@ def parse_recipe(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
         raw=dict(raw),
         model=model,
         stages=tuple(stages),
-        output_dir=Path(top["output_dir"]),
+        # As transformers reads it, or checkpoints would lie in another folder than all the rest.
+        output_dir=Path(os.path.expanduser(top["output_dir"])),
         contrast=_contrast(top.get("contrast", False), model, f"{source}, contrast"),
         evaluation=evaluation,
         compare=compare is not False,

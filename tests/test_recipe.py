@@ -11,6 +11,7 @@ from recipes_for_tests import tiny_recipe
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.recipe import load_recipe, parse_recipe
 from lora_ogpsa.recipe_file import read_recipe_file, shrunk
+from lora_ogpsa.stages import training_arguments
 
 MINIMAL = {
     "model_name_or_path": "embedded",
@@ -299,6 +300,18 @@ def test_an_override_wins_over_smoke(tmp_path: Path) -> None:
     recipe = load_recipe(path, smoke=True, overrides=["max_steps=5"], output_dir="mine")
     assert recipe.stages[0].argument("max_steps") == 5
     assert recipe.output_dir == Path("mine")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints too: the trainer is given the same folder as all the rest."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = _write(tmp_path, "model_name_or_path: m\ndataset_name: d.jsonl\noutput_dir: ~/o\n")
+    assert load_recipe(path).output_dir == tmp_path / "o"
+    assert load_recipe(path, smoke=True).output_dir == tmp_path / "o-smoke"
+    recipe = load_recipe(path, output_dir="~/mine")
+    assert recipe.output_dir == tmp_path / "mine"
+    arguments = training_arguments(recipe.stages[0], recipe.output_dir / "runs")
+    assert arguments.output_dir == str(tmp_path / "mine/runs")
 
 
 def test_evaluation_can_be_left_out_or_defaulted() -> None:
