@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from lora_ogpsa.stage_data import training_rows
 from lora_ogpsa.training_record import PointSaver, StepRecorder, point_steps
 
 TRAINING_FILE = "training.json"
+# A module's name, dots included, and no regular expression of one.
+_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass
@@ -80,7 +83,15 @@ def lora_config(recipe: Recipe) -> Any:
     """PEFT's settings of the adapter, by TRL's own translation."""
     from trl import ModelConfig, get_peft_config
 
-    return get_peft_config(ModelConfig(**{**recipe.model, "use_peft": True}))
+    settings = get_peft_config(ModelConfig(**{**recipe.model, "use_peft": True}))
+    # TRL unpacks a list of one name, and PEFT takes a text for a regular expression of the whole
+    # path of a module (or, of those to save, for a list of letters).
+    targets = settings.target_modules
+    if isinstance(targets, str) and targets.lower() != "all-linear" and _NAME.fullmatch(targets):
+        settings.target_modules = {targets}
+    if isinstance(settings.modules_to_save, str):
+        settings.modules_to_save = [settings.modules_to_save]
+    return settings
 
 
 def training_arguments(stage: Stage, folder: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from recipes_for_tests import HARMFUL, tiny_recipe, write_rows
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -23,7 +24,7 @@ from lora_ogpsa.measure import recipe_suite
 from lora_ogpsa.recipe import parse_recipe
 from lora_ogpsa.run import RunInterrupted, run
 from lora_ogpsa.stage_data import checked_rows, training_rows
-from lora_ogpsa.stages import last_checkpoint, load_base, training_arguments
+from lora_ogpsa.stages import last_checkpoint, load_base, lora_config, training_arguments
 from lora_ogpsa.training_record import read_energy
 
 
@@ -509,6 +510,32 @@ def test_arguments_that_trl_refuses_are_one_line(tmp_path: Path, tiny_folder: Pa
     raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, bf16=True, fp16=True)
     with pytest.raises(ConfigError, match="the training arguments are refused"):
         _run(raw)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("q_proj", {"q_proj"}),
+        (["q_proj"], {"q_proj"}),
+        (["layers.0.self_attn.q_proj"], {"layers.0.self_attn.q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ("all-linear", "all-linear"),
+        (r".*\.1\..*q_proj", r".*\.1\..*q_proj"),
+    ],
+)
+def test_one_target_is_a_name_as_several_are(
+    tmp_path: Path, tiny_folder: Path, tiny_model: Any, given: Any, expected: Any
+) -> None:
+    raw = tiny_recipe(
+        tmp_path, tiny_folder, lora_target_modules=given, lora_modules_to_save="lm_head"
+    )
+    settings = lora_config(parse_recipe(raw))
+    assert settings.target_modules == expected
+    adapted = get_peft_model(tiny_model(), settings)
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert any("q_proj.lora_A" in name for name in names)
+    kept = [name for name in names if "modules_to_save" in name]
+    assert kept == ["base_model.model.lm_head.modules_to_save.default.weight"]
 
 
 # ------------------------------------------------------------------------------------ stage data
