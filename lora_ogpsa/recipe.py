@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,18 @@ if TYPE_CHECKING:
 Trainer = Literal["sft", "dpo"]
 MergeType = Literal["bfloat16", "float16", "float32"]
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_ABOVE_0, _FINITE = math.ulp(0.0), sys.float_info.max
+# What the trainers do not check, or only once they train: from, to, and in words.
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "per_device_train_batch_size": (1, math.inf, "at least 1"),
+    "gradient_accumulation_steps": (1, math.inf, "at least 1"),
+    "max_length": (1, math.inf, "at least 1"),
+    "learning_rate": (_ABOVE_0, _FINITE, "above 0"),
+    "num_train_epochs": (_ABOVE_0, _FINITE, "above 0"),
+    "save_steps": (_ABOVE_0, _FINITE, "above 0"),
+    "seed": (0, 2**32 - 1, "from 0 to 4294967295"),
+    "data_seed": (0, 2**32 - 1, "from 0 to 4294967295"),
+}
 
 # Where a recipe departs from TRL's defaults. Any of them can be set in the recipe;
 # docs/recipes.md says why they differ.
@@ -280,9 +294,23 @@ def _stage_keys(kind: Trainer) -> set[str]:
     return (names(_StageKeys) | names(training_class(kind))) - {"output_dir"}
 
 
+def _check_ranges(training: Mapping[str, Any], place: str) -> None:
+    for key, (low, high, words) in _RANGES.items():
+        value = training.get(key)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{place}: `{key}` should be {words}. Found {value}.")
+    steps = training.get("max_steps", -1)
+    if steps < 1 and steps != -1:
+        raise ConfigError(
+            f"{place}: `max_steps` should be at least 1, or -1 to go by `num_train_epochs`. "
+            f"Found {steps}."
+        )
+
+
 def _stage(given: dict[str, Any], kind: Trainer, place: str) -> Stage:
     own = take(given, _StageKeys, place)
     training = _TRAINING_DEFAULTS | take(given, training_class(kind), place)
+    _check_ranges(training, place)
     if "save_steps" in training and training["save_strategy"] == "no":
         training["save_strategy"] = "steps"
     if not own.get("dataset_name"):
