@@ -39,6 +39,7 @@ def as_messages(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[dict
     Args:
         row: `messages`; or `prompt` (text or messages), `question` or `instruction` (+ `input`),
             with an optional `completion`, `response`, `answer` or `output` (text or messages).
+            A text in `system` is the first turn of a conversation that has no other for it.
         name: how error messages call the row.
 
     Returns:
@@ -48,7 +49,8 @@ def as_messages(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[dict
         DataError: no accepted field is present, or one holds something that is not text.
     """
     if row.get("messages") is not None:
-        return _split_answer(_turns(row["messages"], "messages", name), name)
+        turns = _turns(row["messages"], "messages", name)
+        return _split_answer(_with_system(row, turns, name), name)
     field = next((f for f in _PROMPT_FIELDS if row.get(f) is not None), None)
     if field is None:
         raise DataError(
@@ -61,7 +63,17 @@ def as_messages(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[dict
     answer_field = next((f for f in _ANSWER_FIELDS if row.get(f) is not None), None)
     if answer_field is not None:
         turns += _turns(row[answer_field], answer_field, name, role="assistant")
-    return _split_answer(turns, name)
+    return _split_answer(_with_system(row, turns, name), name)
+
+
+def _with_system(row: Mapping[str, Any], turns: list[dict], name: str) -> list[dict]:
+    """`turns` after the row's `system`, if it has one and they have none of their own."""
+    content = "" if row.get("system") is None else _text(row["system"], "system", name)
+    own = [turn for turn in turns if turn["role"] == "system"]
+    if not content.strip() or any(turn["content"].strip() for turn in own):
+        return turns
+    others = [turn for turn in turns if turn["role"] != "system"]
+    return [{"role": "system", "content": content}, *others]
 
 
 def as_preference(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[dict], str, str]:
@@ -70,7 +82,8 @@ def as_preference(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[di
     Args:
         row: `chosen` and `rejected`, each an answer (text or messages) to `prompt` (text or
             messages), or each a whole conversation: messages, a "\n\nHuman: ...
-            \n\nAssistant: ..." transcript, or texts with a common beginning.
+            \n\nAssistant: ..." transcript, or texts with a common beginning. A text in `system`
+            is as in `as_messages`.
         name: how error messages call the row.
 
     Raises:
@@ -84,8 +97,10 @@ def as_preference(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[di
     sides = (row["chosen"], row["rejected"])
     if row.get("prompt") is None and all(isinstance(side, str) for side in sides):
         if not all(_TRANSCRIPT_TURN.match(side) for side in sides):
-            texts = _text(sides[0], "chosen", name), _text(sides[1], "rejected", name)
-            return _split_common_text(texts[0], texts[1], name)
+            chosen_text = _text(sides[0], "chosen", name)
+            rejected_text = _text(sides[1], "rejected", name)
+            prompt, *texts = _split_common_text(chosen_text, rejected_text, name)
+            return _with_system(row, prompt, name), texts[0], texts[1]
         sides = (_transcript(sides[0]), _transcript(sides[1]))
     chosen = _turns(sides[0], "chosen", name, role="assistant")
     rejected = _turns(sides[1], "rejected", name, role="assistant")
@@ -107,7 +122,7 @@ def as_preference(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[di
     answers = [_split_answer([*prompt, side[-1]], name)[1] for side in (chosen, rejected)]
     if answers[0] is None or answers[1] is None:
         raise DataError(f"{name}: `chosen` and `rejected` must end with an assistant's answer")
-    return prompt, answers[0], answers[1]
+    return _with_system(row, prompt, name), answers[0], answers[1]
 
 
 def _split_common_text(chosen: str, rejected: str, name: str) -> tuple[list[dict], str, str]:

@@ -204,6 +204,15 @@ TOOL = {"role": "tool", "content": "42"}
         ),
         ({"prompt": "other", "messages": [USER, BOT]}, ([USER], "Hello")),
         ({"prompt": "Hi", "messages": None}, ([USER], None)),
+        ({"system": "Be brief.", "prompt": "Hi", "response": "Hello"}, ([SYSTEM, USER], "Hello")),
+        ({"system": "Be brief.", "messages": [USER, BOT]}, ([SYSTEM, USER], "Hello")),
+        ({"system": "Be long.", "messages": [SYSTEM, USER, BOT]}, ([SYSTEM, USER], "Hello")),
+        (
+            {"system": "Be brief.", "messages": [{"role": "system", "content": ""}, USER, BOT]},
+            ([SYSTEM, USER], "Hello"),
+        ),
+        ({"system": " ", "prompt": "Hi"}, ([USER], None)),
+        ({"system": None, "prompt": "Hi"}, ([USER], None)),
     ],
 )
 def test_as_messages(row, expected):
@@ -226,6 +235,7 @@ def test_as_messages(row, expected):
         ({"messages": [USER, CALL]}, "a tool call; an answer must be text"),
         ({"messages": [{"role": "user", "content": None}]}, "turn 1` must be text, found NoneType"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must be text"),
+        ({"system": 3, "prompt": "Hi"}, "`system` must be text, found int"),
         ({"question": "1 + 1?", "answer": 2}, "`answer` must be text or a list of messages"),
         ({"prompt": "a \ud83d"}, r"row 7: `prompt` holds half a character \('\\ud83d'\)"),
         ({"messages": [{"role": "user", "content": "\ude00"}]}, "turn 1` holds half a character"),
@@ -266,6 +276,19 @@ def test_as_preference_keeps_earlier_turns():
     prompt, *answers = as_preference({"chosen": chosen, "rejected": chosen[:-4] + "bad"})
     assert prompt == [USER, BOT, USER]
     assert answers == ["good", "bad"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
+        {"chosen": [USER, bot("Hello")], "rejected": [USER, bot("Go away")]},
+        {"chosen": "Hi Hello", "rejected": "Hi Go away"},
+    ],
+)
+def test_as_preference_takes_a_system_column(row):
+    expected = [SYSTEM, USER], "Hello", "Go away"
+    assert as_preference({"system": "Be brief.", **row}) == expected
 
 
 def test_as_preference_of_plain_texts_agrees_with_trl():
