@@ -160,7 +160,7 @@ def compare(
         from lora_ogpsa.plan import make_plan, render
 
         cells = plan_cells(checked, rules=chosen, seeds=numbers)
-        out.print(render(make_plan(checked), cells), soft_wrap=True)
+        out.print(render(make_plan(checked, cells), cells), soft_wrap=True)
         return
     compare_rules(checked, rules=chosen, seeds=numbers, overwrite=overwrite, resume=resume)
 

@@ -58,6 +58,8 @@ def _foreseen(error: BaseException) -> str | None:
                 "out of memory. Lower `per_device_train_batch_size` or `max_length`, set "
                 "`gradient_checkpointing: true`, or load the model with `load_in_4bit: true`."
             )
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"  # a path of the user's that cannot be used
     return None
 
 

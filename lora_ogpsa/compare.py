@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_ogpsa.checks import check_adapters, check_arguments, check_data, check_hub
 from lora_ogpsa.compare_cells import Cell, run_cell
 from lora_ogpsa.compare_results import compare_json
 from lora_ogpsa.compare_settings import PLAIN, cell_mapping, chosen_rules
@@ -18,12 +19,12 @@ from lora_ogpsa.console import out, say
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.evaluation import EvaluationResult, evaluate
 from lora_ogpsa.measure import recipe_suite
-from lora_ogpsa.output_folder import check_same_recipe, claim_folder
+from lora_ogpsa.output_folder import RECIPE_FILE, OutputFolder, check_same_recipe
 from lora_ogpsa.quiet import quiet_libraries
 from lora_ogpsa.recipe import Recipe, parse_recipe
 from lora_ogpsa.report import HTML_FILE, REPORT_FILES, write_report
 from lora_ogpsa.results import save_result
-from lora_ogpsa.run import RECIPE_FILE, RunInterrupted
+from lora_ogpsa.run import RunInterrupted
 from lora_ogpsa.stage_data import checked_rows
 from lora_ogpsa.stages import load_base, write_json, write_text, write_yaml
 
@@ -59,7 +60,7 @@ def compare(
     """
     quiet_libraries()
     cells = plan_cells(recipe, rules=rules, seeds=seeds)
-    claim_folder(
+    output = OutputFolder(
         recipe.output_dir,
         recipe.raw,
         marker=COMPARE_FILE,
@@ -69,10 +70,11 @@ def compare(
         resume=resume,
         relevant=_fixed,
     )
-    _claim_cells(cells)
     try:
-        return _execute(recipe, cells)
+        return _execute(recipe, cells, output)
     except KeyboardInterrupt:
+        if not output.claimed:
+            raise
         raise RunInterrupted(_interrupted(recipe.output_dir, cells)) from None
 
 
@@ -108,6 +110,13 @@ def plan_cells(
 def in_own_folder(recipe: Recipe) -> Recipe:
     """`recipe` with results beside those of a run of it, not among them."""
     folder = recipe.output_dir
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    if not folder.name:
+        raise ConfigError(
+            f"{recipe.source}: there is no room beside `output_dir` {recipe.output_dir}. Pass "
+            "--output-dir with a folder for the comparison."
+        )
     return replace(recipe, output_dir=folder.with_name(f"{folder.name}-compare"))
 
 
@@ -130,9 +139,16 @@ def _claim_cells(cells: Sequence[Cell]) -> None:
             write_yaml(path, cell.recipe.raw)
 
 
-def _execute(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
+def _execute(recipe: Recipe, cells: Sequence[Cell], output: OutputFolder) -> dict[str, Any]:
     began = time.monotonic()
-    base = _evaluate_base(recipe, cells)
+    output.check()
+    complete = all(cell.is_complete() for cell in cells) and (output.path / BASE_FILE).is_file()
+    loaded = None if complete and output.resume else _checked_base(recipe, cells)
+    output.claim()
+    _claim_cells(cells)
+    base = _evaluate_base(recipe, loaded)
+    del loaded
+    gc.collect()
     for number, cell in enumerate(cells, start=1):
         heading = f"[{number}/{len(cells)}]"
         if cell.is_complete():
@@ -149,22 +165,29 @@ def _execute(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     return content
 
 
-def _evaluate_base(recipe: Recipe, cells: Sequence[Cell]) -> EvaluationResult:
-    """Evaluate the base model once, after reading all training rows: bad ones should show now."""
-    path = recipe.output_dir / BASE_FILE
-    if path.is_file() and all(cell.is_complete() for cell in cells):
-        return EvaluationResult.load(path)
+def _checked_base(recipe: Recipe, cells: Sequence[Cell]) -> tuple[Any, Any]:
+    """Model and tokenizer, after trying settings and data: what is wrong should show now."""
+    by_rule = {cell.rule: cell.recipe for cell in cells}
+    check_arguments(recipe)
+    check_hub(recipe)
     model, tokenizer = load_base(recipe)
+    for rule in by_rule.values():
+        check_adapters(rule, model.config)
     for stage in recipe.stages:
         checked_rows(stage, tokenizer)
-    if path.is_file():
+    check_data(recipe, tokenizer)
+    return model, tokenizer
+
+
+def _evaluate_base(recipe: Recipe, loaded: tuple[Any, Any] | None) -> EvaluationResult:
+    """Evaluate the base model once; it is not loaded where that was done already."""
+    path = recipe.output_dir / BASE_FILE
+    if loaded is None or path.is_file():
         say("base: evaluated already")
         return EvaluationResult.load(path)
     say("base: evaluating")
-    result = evaluate(model, tokenizer, recipe_suite(recipe), base=True)
+    result = evaluate(*loaded, recipe_suite(recipe), base=True)
     save_result(result, path)
-    del model
-    gc.collect()
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,25 @@ def parse_compare(given: Any, place: str, evaluation: EvaluationSuite | None) ->
                 f"`harmful.refused`. Found {settings.safety!r}. {hint}"
             )
     return settings
+
+
+def check_safety(settings: CompareSettings, measured: Mapping[str, Sequence[str] | None]) -> None:
+    """Check that what runs are matched by will be measured.
+
+    Args:
+        settings: the comparison's.
+        measured: names of the results by measure; ``None`` where they are not known yet.
+
+    Raises:
+        ConfigError: it will not.
+    """
+    wanted = settings.safety
+    if wanted is None:
+        return
+    measure = wanted.partition(".")[0]
+    names = measured.get(measure)
+    if names is not None and wanted not in (measure, *names):
+        raise ConfigError(f"`compare: safety: {wanted}` is not measured. {nearest(wanted, names)}")
 
 
 def _seeds(found: Any, what: str) -> tuple[int, ...]:

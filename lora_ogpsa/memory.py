@@ -54,19 +54,26 @@ def model_size(recipe: Recipe) -> ModelSize | None:
         The sizes; scaled from the billions in the model's name if only that is known; ``None``
         if not even that.
     """
-    config = _local_config(recipe.model["model_name_or_path"])
+    config = local_config(recipe.model["model_name_or_path"])
     return _from_name(recipe) if config is None else _from_config(recipe, config)
 
 
-def _local_config(name: str) -> Any | None:
+def local_config(name: str) -> Any | None:
+    """The configuration of a model, if it is on this machine.
+
+    Raises:
+        ModelError: `name` is a path, and there is no model.
+    """
     from transformers import AutoConfig
 
     from lora_ogpsa import models
 
-    source: dict[str, Any] = {"pretrained_model_name_or_path": name}
+    source: dict[str, Any]
     if name == models.EMBEDDED:
         gguf = models._embedded_gguf()
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    else:
+        source = {"pretrained_model_name_or_path": models.checked_source(name)}
     try:
         return AutoConfig.from_pretrained(local_files_only=True, **source)
     except (OSError, ValueError):
@@ -80,12 +87,10 @@ def _contrast_alone(recipe: Recipe) -> ContrastConfig | None:
 
 def _from_config(recipe: Recipe, config: Any) -> ModelSize:
     import torch
-    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from lora_ogpsa.contrast import contrast_adapter
     from lora_ogpsa.models import EMBEDDED
-    from lora_ogpsa.stages import lora_config
+    from lora_ogpsa.stages import with_empty_adapter
 
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -98,10 +103,7 @@ def _from_config(recipe: Recipe, config: Any) -> ModelSize:
             for m in model.modules()
             if isinstance(m, torch.nn.Linear) and m is not head
         )
-        if (contrast := _contrast_alone(recipe)) is None:
-            adapted = get_peft_model(model, lora_config(recipe))
-        else:
-            adapted = contrast_adapter(model, contrast, lora_config(recipe))
+        adapted = with_empty_adapter(model, recipe, contrast=_contrast_alone(recipe))
     dtype = recipe.model["dtype"]
     if dtype in (None, "auto"):
         embedded = recipe.model["model_name_or_path"] == EMBEDDED

@@ -69,7 +69,7 @@ def load_model(
         raise ModelError(f"unknown bnb_4bit_quant_type {bnb_4bit_quant_type!r}; use nf4 or fp4")
     target = checked_device(device)
     options: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": {"": target}}
-    source = str(embedded_folder()) if name == EMBEDDED else _checked_source(name)
+    source = str(embedded_folder()) if name == EMBEDDED else checked_source(name)
     tokenizer_source = source if tokenizer_folder is None else str(tokenizer_folder)
     with _quiet_bitsandbytes():
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -77,9 +77,12 @@ def load_model(
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
         except Exception as error:  # the hub client, tokenizers and transformers share no base
-            raise ModelError(
-                f"no usable tokenizer in {tokenizer_source}: {one_line(error)}"
-            ) from error
+            what = (
+                f"no usable tokenizer in {tokenizer_source}"
+                if Path(tokenizer_source).is_dir()
+                else f"{name}: no folder of this name, and no usable tokenizer of it from the hub"
+            )
+            raise ModelError(f"{what}: {one_line(error)}") from error
         try:
             if load_in_4bit:
                 options["quantization_config"] = BitsAndBytesConfig(
@@ -154,8 +157,12 @@ def _compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _checked_source(name: str) -> str:
-    """`name`, after the mistakes that transformers would report as something else."""
+def checked_source(name: str) -> str:
+    """`name`, after the mistakes that transformers would report as something else.
+
+    Raises:
+        ModelError: it is a path, and there is no model.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():

@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ogpsa import chat, data
+from lora_ogpsa.checks import check_adapters, check_arguments, check_data
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.errors import DataError
-from lora_ogpsa.memory import ModelSize, estimate, model_size
+from lora_ogpsa.memory import ModelSize, estimate, local_config, model_size
 from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.reference import Reference
 from lora_ogpsa.stage_data import checked_rows
@@ -75,27 +76,37 @@ class Plan:
         return max(found, key=lambda parts: sum(parts.values()))
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Resolve what can be resolved on this machine, and check the rows that are here.
+def make_plan(recipe: Recipe, cells: Sequence[Cell] = ()) -> Plan:
+    """Resolve what can be resolved on this machine, and check what is here.
+
+    Args:
+        recipe: the recipe.
+        cells: of a comparison, if the recipe is to be trained in one.
 
     Raises:
-        DataError: a row that is here cannot be trained on.
+        OGPSAError: settings, or data or a model that are here, cannot work.
     """
+    config = local_config(recipe.model["model_name_or_path"])
+    check_arguments(recipe)
+    if config is not None:
+        for trained in {cell.rule: cell.recipe for cell in cells}.values() or [recipe]:
+            check_adapters(trained, config)
     tokenizer = _local_tokenizer(recipe)
-    return Plan(recipe, model_size(recipe), [_stage_plan(s, tokenizer) for s in recipe.stages])
+    stages = [_stage_plan(stage, tokenizer) for stage in recipe.stages]
+    check_data(recipe, tokenizer, _is_here)
+    return Plan(recipe, model_size(recipe), stages)
 
 
 def _local_tokenizer(recipe: Recipe) -> Any | None:
     from transformers import AutoTokenizer
 
-    from lora_ogpsa.models import EMBEDDED
+    from lora_ogpsa.models import EMBEDDED, checked_source
 
-    if recipe.model["model_name_or_path"] == EMBEDDED:
+    name = recipe.model["model_name_or_path"]
+    if name == EMBEDDED:
         return None  # reading it out of the GGUF file takes longer than all the rest
     try:
-        return AutoTokenizer.from_pretrained(
-            recipe.model["model_name_or_path"], local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(checked_source(name), local_files_only=True)
     except (OSError, ValueError):
         return None
 

@@ -152,6 +152,18 @@ class Reference:
             )
         return Objective(self, encoded, model)
 
+    def check(self, tokenizer: Any = None) -> None:
+        """Read the rows and, with a tokenizer, encode them: what `prepare` needs no model for.
+
+        Raises:
+            DataError: no rows, or rows without the expected fields.
+        """
+        rows = self._rows()
+        if tokenizer is not None:
+            encode = self._encode_pair if self.loss == "dpo" else self._encode
+            for number, row in rows:
+                encode(row, tokenizer, self._place(number))
+
     def asks_the_model(self) -> bool:
         """Whether :meth:`prepare` has the base model answer prompts."""
         return self.loss in ("kl", "distill") and not self._tokenised(self._rows()[0][1])
@@ -161,7 +173,10 @@ class Reference:
     def _rows(self) -> list[tuple[int, Mapping[str, Any]]]:
         """The rows that are used, each with its number in the data, from 1 on."""
         if isinstance(self.data, str | Path):
-            table = data.load_table(self.data, config=self.config, split=self.split)
+            try:
+                table = data.load_table(self.data, config=self.config, split=self.split)
+            except DataError as error:
+                raise DataError(f"reference `{self.name}`: {error}") from error
         else:
             table = list(self.data)
         everything = list(range(len(table)))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_ogpsa.checks import check_adapters, check_arguments, check_data, check_hub
 from lora_ogpsa.console import err, out, say
 from lora_ogpsa.evaluation import EvaluationResult, evaluate
 from lora_ogpsa.export import export_merged, write_model_card
@@ -17,7 +18,7 @@ from lora_ogpsa.export.folder import staged_folder
 from lora_ogpsa.export.pipeline import REPORT_JSON
 from lora_ogpsa.export.quantisation import RUN_FILE
 from lora_ogpsa.measure import recipe_suite
-from lora_ogpsa.output_folder import claim_folder
+from lora_ogpsa.output_folder import RECIPE_FILE, OutputFolder
 from lora_ogpsa.quiet import quiet_libraries
 from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.report import HTML_FILE, REPORT_FILES, write_report
@@ -42,7 +43,6 @@ from lora_ogpsa.stages import (
     write_text,
 )
 
-RECIPE_FILE = "recipe.yaml"
 # Everything a run puts into its folder, and all that --overwrite deletes.
 _OWN = (
     RECIPE_FILE,
@@ -76,11 +76,12 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> dic
         RunInterrupted: on Ctrl-C.
     """
     quiet_libraries()
-    work = _Run(recipe)
-    work.prepare(overwrite=overwrite, resume=resume)
+    work = _Run(recipe, overwrite=overwrite, resume=resume)
     try:
         return work.execute()
     except KeyboardInterrupt:
+        if not work.output.claimed:
+            raise
         raise RunInterrupted(work.interrupted()) from None
 
 
@@ -92,24 +93,12 @@ def _fixed(raw: Mapping[str, Any]) -> dict[str, Any]:
 class _Run:
     """The parts of one run and where they lie."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, overwrite: bool, resume: bool) -> None:
         self.recipe = recipe
         self.folder = recipe.output_dir
-        self.results: dict[str, EvaluationResult] = {}
-        self.resume = False
-        self._base: tuple[Any, Any] | None = None
-        self._rows: dict[str, list[dict[str, Any]]] = {}
-        self._began = time.monotonic()
-        self._step = 0
-        self._merge_seconds: float | None = None
-
-    # ------------------------------------------------------------------ before and after
-
-    def prepare(self, *, overwrite: bool, resume: bool) -> None:
-        """Claim the output folder."""
-        claim_folder(
+        self.output = OutputFolder(
             self.folder,
-            self.recipe.raw,
+            recipe.raw,
             marker=RECIPE_FILE,
             own=_OWN,
             what="run",
@@ -117,7 +106,15 @@ class _Run:
             resume=resume,
             relevant=_fixed,
         )
+        self.results: dict[str, EvaluationResult] = {}
         self.resume = resume
+        self._base: tuple[Any, Any] | None = None
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._began = time.monotonic()
+        self._step = 0
+        self._merge_seconds: float | None = None
+
+    # ------------------------------------------------------------------ before and after
 
     def interrupted(self) -> str:
         """What is saved, in one line."""
@@ -141,7 +138,9 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         """Every part that is not there yet, in order."""
         stages = self.recipe.stages
-        self._check_data()
+        self.output.check()
+        self._check()
+        self.output.claim()
         if self.recipe.evaluation is not None:
             self._evaluate("base", None, None)
         for arm in self.recipe.arms:
@@ -163,10 +162,15 @@ class _Run:
         self._print(content)
         return content
 
-    def _check_data(self) -> None:
-        """Read all training rows: a bad one should show before hours of work, not after."""
+    def _check(self) -> None:
+        """Try settings and data of all parts: what is wrong should show before hours of work."""
+        check_arguments(self.recipe)
+        check_hub(self.recipe)
         self._base = self._fresh_base()
-        self._rows = {s.name: checked_rows(s, self._base[1]) for s in self.recipe.stages}
+        model, tokenizer = self._base
+        check_adapters(self.recipe, model.config)
+        self._rows = {s.name: checked_rows(s, tokenizer) for s in self.recipe.stages}
+        check_data(self.recipe, tokenizer)
 
     def _stage_folder(self, arm: str, stage: str) -> Path:
         return self.folder / "runs" / arm / stage

@@ -13,7 +13,7 @@ import yaml
 
 from lora_ogpsa.console import StepDisplay, StopAtNonFinite, err
 from lora_ogpsa.contrast_config import ContrastConfig
-from lora_ogpsa.errors import ConfigError, ModelError
+from lora_ogpsa.errors import ConfigError, ModelError, OGPSAError, one_line
 from lora_ogpsa.export.folder import staged_folder
 from lora_ogpsa.export.quantisation import RUN_FILE, describe_quantisation
 from lora_ogpsa.models import cache_dir, load_model
@@ -94,13 +94,52 @@ def lora_config(recipe: Recipe) -> Any:
     return settings
 
 
+def with_empty_adapter(model: Any, recipe: Recipe, *, contrast: ContrastConfig | None) -> Any:
+    """`model` with an untrained adapter of the recipe's shape.
+
+    Args:
+        model: the base, or its like on the meta device.
+        recipe: whose adapter it is.
+        contrast: of a contrast adapter; ``None`` for a usual one.
+
+    Raises:
+        ConfigError: PEFT refuses the settings, or a module to be saved is not there.
+        AdapterError: a contrast adapter does not suit the model.
+    """
+    from peft import get_peft_model
+
+    from lora_ogpsa.contrast import contrast_adapter
+
+    names = [name for name, _ in model.named_modules()]
+    try:
+        settings = lora_config(recipe)
+        if contrast is None:
+            adapted = get_peft_model(model, settings)
+        else:
+            adapted = contrast_adapter(model, contrast, settings)
+    except OGPSAError:
+        raise
+    except (ValueError, TypeError, re.error) as error:
+        raise ConfigError(
+            f"{recipe.source}: the adapter's settings are refused: {one_line(error)}"
+        ) from error
+    for wanted in settings.modules_to_save or ():
+        if not any(name.endswith(wanted) for name in names):
+            raise ConfigError(
+                f"{recipe.source}: `lora_modules_to_save` names `{wanted}`, and the model has no "
+                "module whose name ends so."
+            )
+    return adapted
+
+
 def training_arguments(stage: Stage, folder: Path) -> Any:
     """TRL's arguments of a stage.
 
     Raises:
-        ConfigError: TRL or transformers refuse them.
+        ConfigError: TRL or transformers refuse them, or what they report to is not installed.
     """
     import torch
+    from transformers.integrations import get_reporting_integration_callbacks
 
     given = {
         **stage.training,
@@ -114,11 +153,23 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
         if not given.get("fp16"):
             given.setdefault("bf16", cpu_computes_bfloat16())
     try:
-        return training_class(stage.trainer)(**given)
+        arguments = training_class(stage.trainer)(**given)
+        reports = get_reporting_integration_callbacks(arguments.report_to)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(
-            f"stage `{stage.name}`: the training arguments are refused: {error}"
+            f"stage `{stage.name}`: the training arguments are refused: {one_line(error)}"
         ) from error
+    try:
+        for report in reports:
+            report()  # that it is not installed it says when it is made
+    except (RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"stage `{stage.name}`: nothing can be reported as `report_to` asks: {one_line(error)}"
+        ) from error
+    template = getattr(arguments, "chat_template_path", None) or ""
+    if template.endswith((".jinja", ".j2")) and not Path(template).is_file():
+        raise ConfigError(f"stage `{stage.name}`: `chat_template_path` not found: {template}")
+    return arguments
 
 
 def cpu_computes_bfloat16() -> bool:
@@ -265,8 +316,13 @@ def _trainer(
             processing_class=tokenizer,
             peft_config=lora_config(recipe) if fresh else None,
         )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"stage `{stage.name}`: TRL refuses the settings: {error}") from error
+    except (ValueError, ImportError, OSError) as error:
+        # What fails on the machine has a number, and no setting is to blame; the hub's have none.
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise ConfigError(
+            f"stage `{stage.name}`: TRL refuses the settings: {one_line(error)}"
+        ) from error
     trainer.remove_callback(PrinterCallback)
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
@@ -350,4 +406,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_yaml(path: Path, content: dict[str, Any]) -> None:
     """Write a YAML file whole or not at all, its keys in the given order."""
-    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_text(path, as_yaml(content))
+
+
+def as_yaml(content: Any) -> str:
+    """YAML text, its keys in the given order."""
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -102,6 +102,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, tiny_folder: Path) -> None:
         (["--set", "max_stpes=3"], "unknown key `max_stpes` with `trainer: sft`. Did you mean"),
         (["--set", "ogpsa.space=weights"], "`space` should be one of"),
         (["--set", "dataset_name=gone.jsonl"], "file not found: gone.jsonl"),
+        (["--output-dir", "/dev/null/x"], "/dev/null/x: Not a directory"),
         (["--overwrite", "--resume"], "Pass one of them"),
     ],
 )
@@ -212,6 +213,38 @@ def test_dry_run_shows_a_plan_and_writes_nothing(
         assert expected in shown.output
     assert "Memory on the device" in shown.output and "in all" in shown.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model_name_or_path=./gone", "model folder not found: ./gone"),
+        ("lora_r=0", "the adapter's settings are refused: `r` should be a positive"),
+        ("lr_scheduler_type=foo", "the training arguments are refused: foo is not a valid"),
+        ("references.0.data=gone.jsonl", "reference `harmless`: file not found: gone.jsonl"),
+        ("evaluation.measures.general=gone.jsonl", "file not found: gone.jsonl"),
+        ("evaluation.judge=gpt", "A judge should be one of"),
+    ],
+)
+def test_dry_run_says_what_is_wrong(
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    done = _invoke("run", str(_recipe(tmp_path, tiny_folder)), "--dry-run", "--set", change)
+    line = done.stderr.strip()
+    assert done.exit_code == 2
+    assert line.startswith("error: ") and message in line and "\n" not in line
+
+
+def test_a_model_that_is_nowhere_is_no_folder_and_not_on_the_hub() -> None:
+    done = _invoke("evaluate", "nowhere")
+    assert done.exit_code == 2
+    assert "nowhere: no folder of this name, and no usable tokenizer of it from" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lora_ogpsa.cli import app
-from lora_ogpsa.compare import compare, plan_cells
+from lora_ogpsa.compare import compare, in_own_folder, plan_cells
 from lora_ogpsa.compare_settings import cell_mapping, chosen_rules, parse_seeds
 from lora_ogpsa.compare_statistics import over_seeds, resampled_values
 from lora_ogpsa.compare_summary import Summary
 from lora_ogpsa.compare_table import NO_TAX, compare_markdown, sections, seed_rows
-from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.errors import ConfigError, OGPSAError
 from lora_ogpsa.evaluation import EvaluationSuite
 from lora_ogpsa.recipe import parse_recipe
 from lora_ogpsa.run import RunInterrupted
@@ -326,6 +326,42 @@ def _summary(own: Any, *, margin: float = 0.1, seeds: int = 1) -> dict[str, Any]
     return Summary(SUITE, evaluated(0.0, 0.0, None), paths, None, margin).to_json()
 
 
+def test_overwrite_deletes_nothing_for_a_comparison_that_cannot_begin(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, compare={"seeds": [0], "rules": TWO_RULES})
+    out = tmp_path / "out"
+    (out / "cells/plain").mkdir(parents=True)
+    (out / "compare.yaml").write_text("max_steps: 9\n")
+    (out / "cells/plain/result").write_text("precious")
+    for wrong, message in (
+        ({"dataset_name": str(tmp_path / "typo.jsonl")}, "file not found: .*typo"),
+        ({"lora_target_modules": "typo"}, "adapter's settings are refused"),
+        ({"compare": {"safety": "harmful.typo"}}, "harmful.typo` is not measured"),
+    ):
+        with pytest.raises(OGPSAError, match=message):
+            _compare({**raw, **wrong}, overwrite=True)
+        assert (out / "compare.yaml").read_text() == "max_steps: 9\n"
+        assert (out / "cells/plain/result").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "expected"),
+    [("a/b", "a/b-compare"), (".", "{here}-compare"), ("a/..", "{here}-compare")],
+)
+def test_a_comparison_lies_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output_dir: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = in_own_folder(parse_recipe({**MINIMAL, "output_dir": output_dir}))
+    assert str(recipe.output_dir) == expected.format(here=tmp_path)
+
+
+def test_there_is_nothing_beside_the_root() -> None:
+    with pytest.raises(ConfigError, match="no room beside `output_dir` /"):
+        in_own_folder(parse_recipe({**MINIMAL, "output_dir": "/"}))
+
+
 def test_matched_points_and_taxes_by_hand() -> None:
     found = _summary([(10, evaluated(0.4, 0.1, 0.1)), (20, evaluated(1.0, 0.2, 0.3))])
     assert found["safety"] == "harmful.refused" and found["plain_safety"] == 1.0
@@ -438,6 +474,7 @@ def test_dry_run_lists_the_cells_and_writes_nothing(
         (["--rules", "plain,papr"], "there is no rule `papr`. Did you mean `paper`?"),
         (["--seeds", "a"], "--seeds takes whole numbers such as 0,1,2"),
         (["--overwrite", "--resume"], "Pass one of them"),
+        (["--dry-run", "--set", "compare.safety=harmful.foo"], "harmful.foo` is not measured"),
         (["--set", "compare.rules.plain=1"], "plain training is the rule `plain: false`"),
     ],
 )

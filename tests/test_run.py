@@ -325,6 +325,8 @@ def test_resume_refuses_another_recipe(tmp_path: Path, tiny_folder: Path) -> Non
     out = tmp_path / "out"
     out.mkdir()
     (out / "recipe.yaml").write_text("max_steps: 9\n")
+    (out / "evaluations").mkdir()
+    (out / "evaluations/base.json").write_text("{}")
     with pytest.raises(ConfigError, match="`max_steps`.*changed since"):
         _run({"max_steps": 3, **raw}, resume=True)
     (out / "recipe.yaml").unlink()
@@ -429,6 +431,45 @@ def test_overwrite_deletes_the_earlier_run_and_nothing_else(
     assert kept.read_text() == "mine" and not stale.exists()
 
 
+def test_overwrite_deletes_nothing_for_a_run_that_cannot_begin(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, max_steps=1)
+    _run(raw)
+    out = tmp_path / "out"
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for wrong in (
+        {"dataset_name": str(tmp_path / "typo.jsonl")},
+        {"model_name_or_path": str(tmp_path / "typo")},
+        {"lora_target_modules": "typo"},
+    ):
+        with pytest.raises(OGPSAError, match="typo"):
+            _run({**raw, **wrong}, overwrite=True)
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_that_failed_before_its_first_result_leaves_its_folder_free(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, max_steps=1)
+    wrong = {**raw, "chat_template_path": str(tmp_path / "typo")}
+    with pytest.raises(ConfigError, match="TRL refuses the settings"):
+        _run(wrong)
+    assert (tmp_path / "out/recipe.yaml").is_file()
+    assert _run(raw)["finished"] is True
+    assert "typo" not in (tmp_path / "out/recipe.yaml").read_text()
+
+
+def test_a_recipe_written_by_hand_is_not_overwritten(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, max_steps=1)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "recipe.yaml").write_text("# Mine.\nmax_steps: 9\n")
+    with pytest.raises(ConfigError, match="is not empty"):
+        _run(raw)
+    assert (out / "recipe.yaml").read_text() == "# Mine.\nmax_steps: 9\n"
+
+
 def test_a_launcher_of_several_processes_is_refused(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,6 +499,54 @@ def test_bad_training_rows_stop_before_training(
         _run(raw)
     assert message in str(caught.value)
     assert not (tmp_path / "out/evaluations").exists()  # not even the base has been evaluated
+
+
+_GONE = {"name": "mine", "data": "gone.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("later", "whole", "message"),
+    [
+        ({"lr_scheduler_type": "foo"}, {}, "stage `2-sft`.*foo is not a valid SchedulerType"),
+        ({"optim": "foo"}, {}, "stage `2-sft`.*foo is not a valid OptimizerNames"),
+        ({"logging_steps": 0}, {}, "stage `2-sft`.*non-zero --logging_steps"),
+        ({"report_to": "foo"}, {}, "stage `2-sft`.*foo is not supported"),
+        ({"chat_template_path": "gone.jinja"}, {}, "`chat_template_path` not found: gone.jinja"),
+        ({"push_to_hub": True}, {}, "stage `2-sft`: `push_to_hub` cannot work"),
+        ({"references": [_GONE]}, {}, "reference `mine`: file not found: gone.jsonl"),
+        ({}, {"lora_r": 0}, "adapter's settings are refused: `r` should be a positive"),
+        ({}, {"lora_dropout": 5}, "adapter's settings are refused: dropout probability"),
+        ({}, {"lora_target_modules": "gone"}, "settings are refused: Target modules {'gone'}"),
+        ({}, {"lora_target_modules": "*gone"}, "adapter's settings are refused: "),
+        ({}, {"lora_modules_to_save": ["gone"]}, "`lora_modules_to_save` names `gone`"),
+        (
+            {},
+            {"evaluation": {"measures": {"harmful": "gone.jsonl"}}},
+            "measure `harmful`: file not",
+        ),
+        ({}, {"evaluation": {"judge": "gpt"}}, "A judge should be one of"),
+        ({}, {"evaluation": {"judge": {"kind": "local", "name": "./gone"}}}, "model folder not f"),
+        ({}, {"evaluation": {"measures": {"general": "embedded:harmless"}}}, "needs an answer"),
+    ],
+)
+def test_what_is_wrong_further_on_shows_before_anything_is_done(
+    tmp_path: Path, tiny_folder: Path, later: dict[str, Any], whole: dict[str, Any], message: str
+) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, stages=[{}, later])
+    with pytest.raises(OGPSAError, match=message) as caught:
+        _run({**raw, **whole})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_reported_to_has_to_be_installed(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.integrations.integration_utils.is_wandb_available", lambda: False
+    )
+    with pytest.raises(ConfigError, match="as `report_to` asks: WandbCallback requires wandb"):
+        _run(tiny_recipe(tmp_path, tiny_folder, report_to="wandb"))
 
 
 def test_missing_files_are_named(tmp_path: Path, tiny_folder: Path) -> None:

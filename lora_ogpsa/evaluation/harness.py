@@ -65,10 +65,7 @@ def run_harness(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ModelError(
-            f"lm-evaluation-harness is not installed ({error}), and the tasks {list(tasks)} are "
-            "its own. Install it with `pip install lm-eval`, or leave them out."
-        ) from error
+        raise harness_missing(tasks, f" ({error})") from error
 
     folder = None if include_path is None else str(include_path)
     # The harness reads 14 thousand task files to know its own: not where ours are enough.
@@ -107,6 +104,14 @@ def run_harness(
             log_samples=True,
         )
     return _measures(found)
+
+
+def harness_missing(tasks: Sequence[str], why: str = "") -> ModelError:
+    """The error where `tasks` are asked for and the harness is not installed."""
+    return ModelError(
+        f"lm-evaluation-harness is not installed{why}, and the tasks {list(tasks)} are its own. "
+        "Install it with `pip install lm-eval`, or leave them out."
+    )
 
 
 def _measures(found: Any) -> tuple[dict[str, Measure], dict[str, list[Item]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from lora_ogpsa import chat
@@ -10,13 +11,16 @@ from lora_ogpsa.answers import base_mode
 from lora_ogpsa.errors import ConfigError, DataError
 from lora_ogpsa.evaluation.divergence import divergence
 from lora_ogpsa.evaluation.exact import gold_number, last_number, strict_number
+from lora_ogpsa.evaluation.harness import harness_missing
 from lora_ogpsa.evaluation.judges import Judge, make_judge
 from lora_ogpsa.evaluation.likelihood import Tokens
+from lora_ogpsa.evaluation.model_judges import LocalJudge
 from lora_ogpsa.evaluation.multiple_choice import as_question, choice_requests, judge_choices
 from lora_ogpsa.evaluation.result import Item, Sample
-from lora_ogpsa.evaluation.session import Row, Run, item_keys, place
+from lora_ogpsa.evaluation.session import Row, Run, item_keys, measured_rows, place
 from lora_ogpsa.evaluation.store import content_key
-from lora_ogpsa.evaluation.suite import MeasureSpec
+from lora_ogpsa.evaluation.suite import EvaluationSuite, MeasureSpec
+from lora_ogpsa.models import EMBEDDED, checked_source
 
 _JUDGED_AT_A_TIME = 16
 
@@ -31,13 +35,65 @@ def run_measure(run: Run, name: str, spec: MeasureSpec) -> None:
     _MEASURES[spec.measure](run, name, spec)
 
 
-def _refusal(run: Run, name: str, spec: MeasureSpec) -> None:
-    judge = make_judge(run.suite.judge if spec.judge is None else spec.judge)
+def check_measure(suite: EvaluationSuite, name: str, spec: MeasureSpec) -> list[str] | None:
+    """Find out, without a model, whether a measure can be taken: its judge, data, and fields.
+
+    Args:
+        suite: the settings that measures share.
+        name: of the measure.
+        spec: the measure.
+
+    Returns:
+        The names that its results will have; ``None`` for the harness, which knows only when it
+        runs.
+
+    Raises:
+        DataError: rows are missing or lack fields.
+        ConfigError: the judge cannot answer what is asked.
+        ModelError: the judge's model is not there, or the harness is not installed.
+    """
+    if spec.measure == "harness":
+        if find_spec("lm_eval") is None:
+            raise harness_missing(spec.tasks)
+        return None
+    judge = _judge(suite, name, spec) if spec.measure == "refusal" else None
+    rows = measured_rows(name, spec, spec.limit or suite.limit)
+    if judge is not None:
+        _prompts(name, rows)
+        groups = dict.fromkeys(group for group in _groups(rows, spec) if group is not None)
+        return [f"{name}.{judge.verdict}", *(f"{name}.{judge.verdict}.{g}" for g in groups)]
+    if spec.measure == "multiple_choice":
+        for row in rows:
+            as_question(row, spec.style)
+        return [f"{name}.acc", f"{name}.acc_norm"]
+    if spec.measure == "preference":
+        for number, row in enumerate(rows, start=1):
+            chat.as_preference(row, name=place(name, number))
+        return [f"{name}.ranked_right", f"{name}.ranked_right_norm"]
+    if spec.measure == "divergence":
+        if spec.answers == "given":
+            _with_answers(name, rows)
+        else:
+            _prompts(name, rows)
+        return [f"{name}.kl", f"{name}.kl_first{spec.first_tokens}"]
+    _with_answers(name, rows)
+    return [f"{name}.exact", f"{name}.flexible"] if spec.measure == "numeric" else [f"{name}.nll"]
+
+
+def _judge(suite: EvaluationSuite, name: str, spec: MeasureSpec) -> Judge:
+    judge = make_judge(suite.judge if spec.judge is None else spec.judge)
+    if isinstance(judge, LocalJudge) and judge.name != EMBEDDED:
+        checked_source(judge.name)
     if spec.want == "answer" and judge.verdict != "refused":
         raise ConfigError(
             f"The measure `{name}` asks whether harmless prompts are refused, and its judge tells "
             "safe from unsafe only. Give this measure another judge, such as `judge: phrases`."
         )
+    return judge
+
+
+def _refusal(run: Run, name: str, spec: MeasureSpec) -> None:
+    judge = _judge(run.suite, name, spec)
     rows = run.rows(name, spec)
     chats = _prompts(name, rows)
     prompts = [run.encode(name, i, chat, None)[0] for i, chat in enumerate(chats, start=1)]
@@ -115,10 +171,7 @@ def _multiple_choice(run: Run, name: str, spec: MeasureSpec) -> None:
 def _numeric(run: Run, name: str, spec: MeasureSpec) -> None:
     rows = run.rows(name, spec)
     prompts, golds, texts = [], [], []
-    for number, row in enumerate(rows, start=1):
-        messages, gold = chat.as_messages(row, name=place(name, number))
-        if gold is None:
-            raise _no_answer(name, number, row)
+    for number, (messages, gold) in enumerate(_with_answers(name, rows), start=1):
         last = {**messages[-1], "content": messages[-1]["content"] + spec.suffix}
         prompts.append(run.encode(name, number, [*messages[:-1], last], None)[0])
         golds.append(gold_number(gold))
@@ -234,13 +287,22 @@ _MEASURES: dict[str, Callable[[Run, str, MeasureSpec], None]] = {
 
 def _answered(run: Run, name: str, rows: list[Row]) -> list[Tokens]:
     """Prompts and given answers as tokens."""
-    examples = []
+    read = enumerate(_with_answers(name, rows), start=1)
+    return [run.encode(name, number, *row) for number, row in read]
+
+
+def _with_answers(name: str, rows: list[Row]) -> list[tuple[list[dict], str]]:
+    """The rows' prompts as messages, and the answers given to them."""
+    found = []
     for number, row in enumerate(rows, start=1):
         messages, answer = chat.as_messages(row, name=place(name, number))
         if answer is None:
-            raise _no_answer(name, number, row)
-        examples.append(run.encode(name, number, messages, answer))
-    return examples
+            raise DataError(
+                f"The measure `{name}` needs an answer in every row; row {number} has none. Its "
+                f"fields are {sorted(row)}."
+            )
+        found.append((messages, answer))
+    return found
 
 
 def _prompts(name: str, rows: list[Row]) -> list[list[dict]]:
@@ -249,13 +311,6 @@ def _prompts(name: str, rows: list[Row]) -> list[list[dict]]:
         chat.as_messages(row, name=place(name, number))[0]
         for number, row in enumerate(rows, start=1)
     ]
-
-
-def _no_answer(name: str, number: int, row: Row) -> DataError:
-    return DataError(
-        f"The measure `{name}` needs an answer in every row; row {number} has none. Its fields "
-        f"are {sorted(row)}."
-    )
 
 
 def _groups(rows: list[Row], spec: MeasureSpec) -> list[str | None]:

@@ -109,15 +109,18 @@ def measured_rows(name: str, spec: MeasureSpec, limit: int | None) -> list[Row]:
     if isinstance(spec.data, list | tuple):
         rows: list[Row] = list(spec.data)
     else:
-        rows = list(
-            data.load_rows(
-                spec.data,
-                config=spec.config,
-                split=spec.split,
-                limit=None if spec.where else limit,
-                shuffle_seed=spec.shuffle_seed,
+        try:
+            rows = list(
+                data.load_rows(
+                    spec.data,
+                    config=spec.config,
+                    split=spec.split,
+                    limit=None if spec.where else limit,
+                    shuffle_seed=spec.shuffle_seed,
+                )
             )
-        )
+        except DataError as error:
+            raise DataError(f"measure `{name}`: {error}") from error
     if spec.where:
         wanted = spec.where.items()
         rows = [row for row in rows if all(row.get(key) == value for key, value in wanted)]
