@@ -198,7 +198,7 @@ def test_a_plan_takes_every_kind_of_reference(
     overheads = []
     for references in ([own], [short], [own, short]):
         raw = tiny_recipe(tmp_path, tiny_folder, references=references, max_length=100)
-        recipe = parse_recipe(raw | {"model_name_or_path": str(tmp_path / "no-tokenizer")})
+        recipe = parse_recipe(raw | {"model_name_or_path": "someone/not-on-this-machine"})
         plan = make_plan(recipe).stages[0]
         assert plan.overhead is not None
         overheads.append(plan.overhead * plan.batch * plan.tokens / 3)
