@@ -75,8 +75,8 @@ def get_contrast_model(
         model: the bare base model.
         prompts: what should be refused, with the answers that are to be learnt: rows as
             `Reference` takes them, token ids among them, or tuples of the ids of a prompt and of
-            its answer. Where
-            there are prompts alone, or lists of their token ids, the adapter has rank 1.
+            its answer. Where there are prompts alone (texts, lists of ids, or ``input_ids`` without
+            ``labels``), the adapter has rank 1.
         references: what should not be refused; ``None`` takes the embedded harmless prompts.
             References with the same prompts count once. Of answers the more tokens the better: A
             learns from them where not to respond.
@@ -308,9 +308,9 @@ def _tokens(row: Row, tokenizer: Any, max_length: int, answer_tokens: int) -> To
         prompt, answer = row if pair else (row, [])
         return list(prompt), list(answer)[:answer_tokens]  # type: ignore[arg-type]
     if row.get("input_ids") is not None:
-        if row.get("labels") is None:
-            return list(row["input_ids"]), []
-        prompt, answer = split_ids(row, max_length, name)
+        unlearned = [chat.IGNORE_INDEX] * len(row["input_ids"])
+        labels = unlearned if row.get("labels") is None else row["labels"]
+        prompt, answer = split_ids({**row, "labels": labels}, max_length, name)
         return prompt, answer[:answer_tokens]
     if tokenizer is None:
         raise ConfigError(

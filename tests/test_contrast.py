@@ -599,7 +599,7 @@ def test_rows_of_token_ids_are_read(made: Any, tiny_model: Any, tiny_tokenizer: 
     _, _, objectives = made
     pairs = _answered(tiny_tokenizer)
     rows = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in pairs]
-    prompts = [{"input_ids": p, "attention_mask": [1] * len(p)} for p, _ in pairs]
+    prompts = [{"input_ids": [*p, 2, 2], "attention_mask": [1] * len(p) + [0, 0]} for p, _ in pairs]
     texts = ["How is it done?", "Why?", "Do that.", "Who is she?", "When was it?"]
     for written, same in (
         (rows, pairs),
