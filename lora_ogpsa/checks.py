@@ -9,6 +9,7 @@ from typing import Any
 from lora_ogpsa.compare_settings import check_safety
 from lora_ogpsa.errors import ConfigError, one_line
 from lora_ogpsa.evaluation.measures import check_measure
+from lora_ogpsa.export.empty_model import empty_model
 from lora_ogpsa.recipe import Recipe
 from lora_ogpsa.stages import training_arguments, with_empty_adapter
 
@@ -42,15 +43,11 @@ def check_adapters(recipe: Recipe, config: Any) -> None:
 
 
 def _empty(config: Any) -> Any:
-    """A model on the meta device, its linear layers as they are before they are quantised."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    """A model without memory, its linear layers as they are before they are quantised."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    return empty_model(config)
 
 
 def check_data(recipe: Recipe, tokenizer: Any | None, here: Here = lambda _: True) -> None:
