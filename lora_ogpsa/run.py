@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,6 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> dic
         raise RunInterrupted(work.interrupted()) from None
 
 
-def _fixed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to stay the same between a run and its resumption; the merge comes last."""
-    return {key: value for key, value in raw.items() if key != "merge"}
-
-
 class _Run:
     """The parts of one run and where they lie."""
 
@@ -104,7 +100,7 @@ class _Run:
             what="run",
             overwrite=overwrite,
             resume=resume,
-            relevant=_fixed,
+            relevant=self._fixed,
         )
         self.results: dict[str, EvaluationResult] = {}
         self.resume = resume
@@ -115,6 +111,30 @@ class _Run:
         self._merge_seconds: float | None = None
 
     # ------------------------------------------------------------------ before and after
+
+    def _fixed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a recipe has to stay the same between a run and its resumption.
+
+        That is all but the merge and the stages that have trained nothing yet: a later stage that
+        did not fit into memory should not cost the earlier ones.
+        """
+        fixed = {key: value for key, value in raw.items() if key != "merge"}
+        stages = fixed.get("stages")
+        if isinstance(stages, list) and not (self.folder / "adapter").is_dir():
+            fixed["stages"] = stages[: self._begun()]
+        return fixed
+
+    def _begun(self) -> int:
+        """How many stages have trained something that is kept, in the arm that got farthest.
+
+        Told from the folder alone, because the recipe at hand may name its stages otherwise.
+        """
+        kept = Counter(
+            stage.parent
+            for stage in self.folder.glob("runs/*/*")
+            if (stage / "adapter").is_dir() or last_checkpoint(stage) is not None
+        )
+        return max(kept.values(), default=0)
 
     def interrupted(self) -> str:
         """What is saved, in one line."""

@@ -320,6 +320,43 @@ def test_resume_of_a_dpo_stage_from_its_checkpoint(
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_stage_that_trained_nothing_yet_may_differ_on_resume(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage does not fit into memory: it is made smaller, and the first is kept."""
+    first, second = {"trainer": "sft"}, {"trainer": "sft", "name": "second"}
+    raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, max_steps=2, stages=[first, second])
+    from lora_ogpsa.console import StepDisplay
+
+    original = StepDisplay.on_step_begin
+
+    def no_memory(self: StepDisplay, *args: Any, **kwargs: Any) -> None:
+        if "second" in self.title:
+            raise torch.OutOfMemoryError("no memory")
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(StepDisplay, "on_step_begin", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        _run(raw)
+    monkeypatch.setattr(StepDisplay, "on_step_begin", original)
+    kept = (tmp_path / "out/runs/ogpsa/1-sft/adapter/training.json").read_bytes()
+    smaller = {**second, "per_device_train_batch_size": 1}
+    with pytest.raises(ConfigError, match="`stages` changed since"):
+        _run({**raw, "stages": [{**first, "learning_rate": 1.0}, smaller]}, resume=True)
+    with pytest.raises(ConfigError, match="`max_steps` changed since"):
+        _run({**raw, "max_steps": 1, "stages": [first, smaller]}, resume=True)
+    changed = {**raw, "stages": [first, smaller]}
+    results = _run(changed, resume=True)
+    assert results["recipe"]["stages"] == [first, smaller]
+    assert (tmp_path / "out/runs/ogpsa/1-sft/adapter/training.json").read_bytes() == kept
+    # The adapter of the last stage is published: there is no stage to go on with.
+    with pytest.raises(ConfigError, match="`stages` changed since"):
+        _run(
+            {**changed, "stages": [first, smaller, {"trainer": "sft", "name": "third"}]},
+            resume=True,
+        )
+
+
 def test_resume_refuses_another_recipe(tmp_path: Path, tiny_folder: Path) -> None:
     raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False)
     out = tmp_path / "out"
