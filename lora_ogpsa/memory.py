@@ -87,23 +87,20 @@ def _contrast_alone(recipe: Recipe) -> ContrastConfig | None:
 
 def _from_config(recipe: Recipe, config: Any) -> ModelSize:
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from lora_ogpsa.export.empty_model import unquantised_model
     from lora_ogpsa.models import EMBEDDED
     from lora_ogpsa.stages import with_empty_adapter
 
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        head = model.get_output_embeddings()
-        parameters = sum(p.numel() for p in model.parameters())
-        linear = sum(
-            m.weight.numel()
-            for m in model.modules()
-            if isinstance(m, torch.nn.Linear) and m is not head
-        )
-        adapted = with_empty_adapter(model, recipe, contrast=_contrast_alone(recipe))
+    model = unquantised_model(config)
+    head = model.get_output_embeddings()
+    parameters = sum(p.numel() for p in model.parameters())
+    linear = sum(
+        m.weight.numel()
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear) and m is not head
+    )
+    adapted = with_empty_adapter(model, recipe, contrast=_contrast_alone(recipe))
     dtype = recipe.model["dtype"]
     if dtype in (None, "auto"):
         embedded = recipe.model["model_name_or_path"] == EMBEDDED

@@ -33,6 +33,18 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
         ) from error
 
 
+def unquantised_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The same, its linear layers as they are before they are quantised.
+
+    Raises:
+        ExportError: as `empty_model`.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return empty_model(config)
+
+
 def tied_names(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
     """Maps each name that shares its tensor with others to all names of that tensor."""
     groups: dict[int, list[str]] = {}
