@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_ogpsa.answers import base_of
 from lora_ogpsa.chat import IGNORE_INDEX
+from lora_ogpsa.hooks import OwnHook
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ class FirstTokenEmphasis:
         if not isinstance(decoder, nn.Module) or decoder is base:
             return  # no language model of transformers: nothing says where its hidden states are
         self._handles = [
-            model.register_forward_pre_hook(self._note_labels, with_kwargs=True),
-            decoder.register_forward_hook(self._weigh),
+            model.register_forward_pre_hook(OwnHook(self._note_labels), with_kwargs=True),
+            decoder.register_forward_hook(OwnHook(self._weigh)),
         ]
 
     def remove(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ogpsa.answers import base_of
+from lora_ogpsa.hooks import OwnHook
 
 
 class NoInputGradients:
@@ -28,7 +29,8 @@ class NoInputGradients:
         self._handle: Any = None
         # Some models of transformers have none, and say so this way; others are no such models.
         with suppress(AttributeError, NotImplementedError):
-            self._handle = base.get_input_embeddings().register_forward_hook(self._detach)
+            embeddings = base.get_input_embeddings()
+            self._handle = embeddings.register_forward_hook(OwnHook(self._detach))
 
     def remove(self) -> None:
         """Take the hook off the model."""

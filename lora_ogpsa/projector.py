@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from lora_ogpsa.adapters import AdapterSpace
 from lora_ogpsa.answers import base_of
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.emphasis import FirstTokenEmphasis
-from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.errors import ConfigError, ProjectionError
 from lora_ogpsa.estimator import Estimator, Refreshed
 from lora_ogpsa.full_precision import full_precision
+from lora_ogpsa.hooks import OwnHook
 from lora_ogpsa.input_gradients import NoInputGradients
 from lora_ogpsa.metric import InverseMetric
 from lora_ogpsa.optimizers import check_optimizer, unwrap_optimizer
@@ -184,7 +185,7 @@ class OGPSA:
             self.optimizer.register_step_post_hook(self._after_step),
             # An adapted layer, not the model: accelerate's autocast begins inside the model.
             self.model.get_submodule(self.space.blocks[0].name).register_forward_pre_hook(
-                self._watch_forward
+                OwnHook(self._watch_forward)
             ),
         ]
         # Where processes gather weights together, every layer's backward belongs to it.
@@ -192,7 +193,7 @@ class OGPSA:
             self._handles.append(NoInputGradients(self.model))
         if self.config.penalty is None or self.config.first_token_weight:
             self._handles.append(
-                self.model.register_forward_pre_hook(self._watch_labels, with_kwargs=True)
+                self.model.register_forward_pre_hook(OwnHook(self._watch_labels), with_kwargs=True)
             )
         if self.config.first_token_weight:
             self._handles.append(FirstTokenEmphasis(self.model, self.config.first_token_weight))
@@ -210,6 +211,13 @@ class OGPSA:
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    def __reduce__(self) -> NoReturn:
+        # A copied optimizer has no hooks, so a copy would say it protects and not do so.
+        raise ProjectionError(
+            "An OGPSA cannot be copied or pickled: it belongs to one model and one optimizer. Copy "
+            "those and attach a new one; `save` and `load` keep its state."
+        )
 
     # ------------------------------------------------------------------ hooks
 

@@ -1,5 +1,8 @@
 """What the optimizer really did to the parameters, measured from outside."""
 
+import copy
+import pickle
+
 import bitsandbytes as bnb
 import pytest
 import schedulefree
@@ -578,6 +581,34 @@ def test_a_detached_ogpsa_is_not_in_the_way(tiny_peft, caplog):
     optimizer.step()
     assert (first.steps, second.steps) == (0, 1)
     assert "still attached" not in caplog.text
+
+
+def test_a_copy_of_the_model_is_free_of_hooks(tiny_peft):
+    """Pickled as copied: with hooks it would be weighed as in training, and nothing protects it."""
+    ids = torch.arange(3, 19).unsqueeze(0)
+    batch = {"input_ids": ids, "labels": ids.masked_fill(ids < 9, -100)}
+
+    def gradients(model):
+        model(**batch).loss.backward()
+        return torch.cat([p.grad.flatten() for p in adapter_parameters(model)])
+
+    expected = gradients(tiny_peft(warm=True))
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+    ogpsa = OGPSA(model, optimizer, [token_reference()])
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert all(torch.equal(gradients(other), expected) for other in copies)
+    assert ogpsa.saw_labels is None
+    assert not torch.allclose(gradients(model), expected), "the model itself keeps them"
+    assert ogpsa.saw_labels
+
+
+def test_an_ogpsa_is_not_copied(tiny_peft):
+    model = tiny_peft()
+    ogpsa = OGPSA(model, torch.optim.SGD(adapter_parameters(model), lr=0.1), [token_reference()])
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ProjectionError, match="attach a new one; `save` and `load`"):
+            copied(ogpsa)
 
 
 # ------------------------------------------------------------------ failing safe
