@@ -24,6 +24,8 @@ _ACCEPTED = (
     "`messages`; `prompt`, `question` or `instruction` (+ `input`), with an optional "
     "`completion`, `response`, `answer` or `output`"
 )
+# By Python or as JSON.
+_WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -153,6 +155,11 @@ def _transcript(text: str) -> list[dict]:
 def _turns(value: Any, field: str, name: str, role: str = "user") -> list[dict]:
     """`value` as messages with text contents: a text becomes one turn of `role`."""
     if isinstance(value, str):
+        if _WRITTEN_OUT.match(value):
+            raise DataError(
+                f"{name}: `{field}` holds messages written out as a text, as in a CSV file. Save "
+                "them as lists: in JSON Lines or parquet"
+            )
         return [{"role": role, "content": _text(value, field, name)}]
     turns = []
     for i, turn in enumerate(_sequence(value, field, name)):

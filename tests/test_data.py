@@ -236,6 +236,11 @@ def test_as_messages(row, expected):
         ({"messages": [{"role": "user", "content": None}]}, "turn 1` must be text, found NoneType"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must be text"),
         ({"system": 3, "prompt": "Hi"}, "`system` must be text, found int"),
+        (
+            {"messages": json.dumps([USER])},
+            "row 7: `messages` holds messages written out as a text",
+        ),
+        ({"prompt": str([USER])}, "`prompt` holds messages written out as a text"),
         ({"question": "1 + 1?", "answer": 2}, "`answer` must be text or a list of messages"),
         ({"prompt": "a \ud83d"}, r"row 7: `prompt` holds half a character \('\\ud83d'\)"),
         ({"messages": [{"role": "user", "content": "\ude00"}]}, "turn 1` holds half a character"),
