@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_ogpsa.arguments import given_config, given_references
 from lora_ogpsa.config import OGPSAConfig, has_likelihood
 from lora_ogpsa.errors import ProjectionError, StateError
 from lora_ogpsa.models import cache_dir
@@ -55,8 +56,8 @@ class OGPSACallback(TrainerCallback):
         cache: Path | None = None,
         resume_from_checkpoint: str | Path | None = None,
     ) -> None:
-        self.config = config or OGPSAConfig()
-        self.references = None if references is None else list(references)
+        self.config = given_config(config)
+        self.references = None if references is None else given_references(references)
         self.cache = cache
         self.resume_from_checkpoint = resume_from_checkpoint and Path(resume_from_checkpoint)
         #: The running projector, from the beginning of training on.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_ogpsa import safeguards
 from lora_ogpsa.adapters import AdapterSpace
 from lora_ogpsa.answers import base_of
+from lora_ogpsa.arguments import given_config, given_references
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.emphasis import FirstTokenEmphasis
 from lora_ogpsa.errors import ConfigError, ProjectionError
@@ -87,7 +88,8 @@ class OGPSA:
         processing_class: Any = None,
         cache: Path | None = None,
     ) -> None:
-        self.config = config or OGPSAConfig()
+        self.config = given_config(config)
+        chosen = default_references() if references is None else given_references(references)
         self.model = model
         self.optimizer = unwrap_optimizer(optimizer)
         safeguards.check_model(model)
@@ -105,7 +107,6 @@ class OGPSA:
                 "attach OGPSA first.",
                 unpacked,
             )
-        chosen = default_references() if references is None else list(references)
         if self.space.sharded:
             chosen = [self._ready(r) for r in chosen]
         names = [r.name for r in chosen]

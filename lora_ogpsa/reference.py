@@ -24,6 +24,7 @@ from lora_ogpsa.initialisation import base_is_kept
 Loss = Literal["kl", "distill", "sft", "dpo"]
 Tokens = tuple[list[int], list[int]]
 _LOSSES = ("kl", "distill", "sft", "dpo")
+_WHOLE = ("first_tokens", "limit", "max_length", "max_new_tokens")
 _DEFAULT_BETA = 0.1
 # Host memory that one reference may take to keep what the base model says of its answers.
 _BASE_SCORES_BYTES = 1 << 30
@@ -95,15 +96,17 @@ class Reference:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < MOST:
+            whole = name in _WHOLE
+            number = isinstance(value, int if whole else int | float)
+            if not number or isinstance(value, bool) or not 0 <= value < MOST:
                 raise ConfigError(
-                    f"Reference `{self.name}`: `{name}` should be a positive number below "
-                    f"{MOST:g}. Found {value!r}."
+                    f"Reference `{self.name}`: `{name}` should be a positive "
+                    f"{'whole ' if whole else ''}number below {MOST:g}. Found {value!r}."
                 )
             if value == 0 and name != "budget":
                 raise ConfigError(f"Reference `{self.name}`: `{name}` should be above 0. Found 0.")
-        if not 0 <= self.first_tokens_weight <= 1:
+        share = self.first_tokens_weight
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ConfigError(
                 f"Reference `{self.name}`: `first_tokens_weight` should be in [0, 1]. Found "
                 f"{self.first_tokens_weight!r}."
@@ -178,7 +181,7 @@ class Reference:
             except DataError as error:
                 raise DataError(f"reference `{self.name}`: {error}") from error
         else:
-            table = list(self.data)
+            table = self._held_rows()
         everything = list(range(len(table)))
         chosen = everything if self.kind is None else data.indices_of_kind(table, self.kind)
         if not chosen:
@@ -193,6 +196,22 @@ class Reference:
             chosen = [chosen[i] for i in sorted(order[: self.limit])]
         return [(i + 1, row) for i, row in zip(chosen, data.rows_at(table, chosen), strict=True)]
 
+    def _held_rows(self) -> list[Any]:
+        """Rows that are in memory already; of tables and mappings only the columns would come."""
+        try:
+            rows = list(self.data)
+        except TypeError:
+            rows, found = [], type(self.data).__name__
+        else:
+            odd = [type(row).__name__ for row in rows if not isinstance(row, Mapping)]
+            found = f"{type(self.data).__name__} of {odd[0]}" if odd else ""
+        if found:
+            raise DataError(
+                f"Reference `{self.name}`: `data` should be a file, a data set or a list of rows, "
+                f'each a mapping such as {{"prompt": "..."}}. Found {found}.'
+            )
+        return rows
+
     def _place(self, number: int) -> str:
         """How error messages call a row."""
         return f"reference `{self.name}`, row {number}"
@@ -202,7 +221,7 @@ class Reference:
         return "input_ids" in row
 
     def _needed(self, tokenizer: Any) -> Any:
-        if tokenizer is None:
+        if tokenizer is None or isinstance(tokenizer, str):
             raise ConfigError(
                 f"Reference `{self.name}` holds text, and there is no tokenizer. Pass "
                 "`processing_class=tokenizer`, or give rows of `input_ids` and `labels`."
@@ -437,10 +456,12 @@ def split_ids(row: Mapping[str, Any], max_length: int, place: str) -> Tokens:
         DataError: the fields do not fit together, the learned tokens are not in one piece, or the
             prompt leaves no room for an answer.
     """
-    given = list(row["input_ids"])
+    given = _whole_numbers(row, "input_ids", place)
     # Tables fill absent keys with None.
-    learned = given if row.get("labels") is None else list(row["labels"])
-    mask = [1] * len(given) if row.get("attention_mask") is None else list(row["attention_mask"])
+    learned = given if row.get("labels") is None else _whole_numbers(row, "labels", place)
+    mask = [1] * len(given)
+    if row.get("attention_mask") is not None:
+        mask = _whole_numbers(row, "attention_mask", place)
     for name, values in (("labels", learned), ("attention_mask", mask)):
         if len(values) != len(given):
             raise DataError(
@@ -463,6 +484,16 @@ def split_ids(row: Mapping[str, Any], max_length: int, place: str) -> Tokens:
     prompt = ids[:start]
     room = chat.room_for_answer(prompt, max_length, place)
     return prompt, ids[start:end][:room]
+
+
+def _whole_numbers(row: Mapping[str, Any], field: str, place: str) -> list[int]:
+    """A field as Python's own numbers, which a checkpoint can write; tables may give tensors."""
+    try:
+        return [int(value) for value in row[field]]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{place}: `{field}` should be one list of whole numbers. Found {row[field]!r:.60}."
+        ) from error
 
 
 def _left_padded(sequences: Sequence[Tokens]) -> dict[str, Tensor]:

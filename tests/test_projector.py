@@ -11,7 +11,7 @@ from peft import LoraConfig
 from references import token_reference, training_step
 from transformers.optimization import Adafactor
 
-from lora_ogpsa import OGPSA, OGPSAConfig
+from lora_ogpsa import OGPSA, OGPSACallback, OGPSAConfig, Reference
 from lora_ogpsa.config import SUPERVISED_PENALTY
 from lora_ogpsa.errors import (
     AdapterError,
@@ -612,6 +612,33 @@ def test_an_ogpsa_is_not_copied(tiny_peft):
 
 
 # ------------------------------------------------------------------ failing safe
+
+
+@pytest.mark.parametrize(
+    ("references", "found"),
+    [
+        ([{"prompt": "Hi"}], r"\{'prompt': 'Hi'\} in it"),
+        ("my_prompts.jsonl", "'my_prompts.jsonl'"),
+        (Reference("a", "my_prompts.jsonl"), "Reference"),
+    ],
+)
+def test_what_is_no_list_of_references_is_refused(tiny_peft, references, found):
+    model = tiny_peft()
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+    expected = rf"`references` should be a list of `Reference`.*Found {found}"
+    with pytest.raises(ConfigError, match=expected):
+        OGPSA(model, optimizer, references)
+    with pytest.raises(ConfigError, match=expected):
+        OGPSACallback(references=references)
+
+
+def test_what_is_no_config_is_refused(tiny_peft):
+    model = tiny_peft()
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+    with pytest.raises(ConfigError, match=r"`OGPSAConfig.from_dict`.*Found \{'budget': 0.1\}"):
+        OGPSA(model, optimizer, [token_reference()], {"budget": 0.1})
+    with pytest.raises(ConfigError, match=r"`config` should be an `OGPSAConfig`.*Found \["):
+        OGPSACallback([token_reference()])
 
 
 def test_models_that_are_not_pefts_are_refused_with_a_way_out(tiny_peft, tiny_model):

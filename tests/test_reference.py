@@ -144,6 +144,11 @@ def test_text_rows_need_a_tokenizer(tiny_peft):
         Reference("own", PROMPTS).prepare(tiny_peft())
 
 
+def test_a_tokenizer_is_not_its_name(tiny_peft):
+    with pytest.raises(ConfigError, match="`a` holds text, and there is no tokenizer"):
+        Reference("a", PROMPTS).prepare(tiny_peft(), "HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
 def test_empty_reference_is_refused(tiny_peft):
     with pytest.raises(DataError, match="`none` has no rows.*protects nothing"):
         Reference("none", []).prepare(tiny_peft())
@@ -215,6 +220,37 @@ def test_token_ids_are_held_to_the_limit_on_length(tiny_peft):
     full = Reference("a", [row], loss="sft", max_length=5)
     with pytest.raises(DataError, match="`a`, row 1: the prompt has 5 tokens and max_length is 5"):
         full.prepare(tiny_peft())
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_token_ids_may_be_tensors_and_are_kept_as_numbers(tiny_peft, form):
+    """A checkpoint holds them as JSON."""
+    plain = Reference("a", token_rows(3), loss="sft").prepare(tiny_peft())
+    table = datasets.Dataset.from_list(token_rows(3)).with_format(form)
+    found = Reference("a", table, loss="sft").prepare(tiny_peft())
+    assert found.sequences == plain.sequences
+    assert json.dumps(found.identity()) == json.dumps(plain.identity())
+
+
+def test_token_ids_of_several_rows_in_one_are_refused(tiny_peft):
+    rows = [{"input_ids": torch.tensor([[3, 4, 5]])}]
+    with pytest.raises(DataError, match="row 1: `input_ids` should be one list of whole numbers"):
+        Reference("a", rows, loss="sft").prepare(tiny_peft())
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (["Hello", "Hi"], "list of str"),
+        ({"prompt": "Hello"}, "dict of str"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(PROMPTS)), "DatasetDict of str"),
+        ([{"prompt": "Hello"}, None], "list of NoneType"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_holds_no_rows_is_refused(tiny_peft, tiny_tokenizer, data, found):
+    with pytest.raises(DataError, match=f"`a`: `data` should be a file.*Found {found}"):
+        Reference("a", data).prepare(tiny_peft(), tiny_tokenizer)
 
 
 def test_a_prompt_longer_than_the_limit_is_refused(tiny_peft, tiny_tokenizer):
@@ -292,6 +328,8 @@ def test_a_data_set_without_kinds_has_no_rows_of_one(tiny_peft, tmp_path):
         ({"limit": 0}, "`limit`"),
         ({"beta": -0.1}, "`beta`"),
         ({"max_length": "long"}, "`max_length`"),
+        ({"limit": 10.5}, "`limit`.*whole number"),
+        ({"first_tokens_weight": "half"}, "`first_tokens_weight`"),
         # Nothing would be constrained, the other references neither.
         ({"budget": float("inf")}, "`budget`.*below"),
         ({"budget": float("nan")}, "`budget`"),
