@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_ogpsa import chat
+from lora_ogpsa import chat, data
+from lora_ogpsa.arguments import given_references
 from lora_ogpsa.contrast_config import FEWEST, ContrastConfig
 from lora_ogpsa.discriminant import Inputs, contrast_rows, separation
 from lora_ogpsa.errors import AdapterError, ConfigError, DataError
@@ -48,7 +49,7 @@ Row = Mapping[str, Any] | str | Sequence[int] | tuple[Sequence[int], Sequence[in
 
 def get_contrast_model(
     model: nn.Module,
-    prompts: Sequence[Row],
+    prompts: Sequence[Row] | str | Path,
     references: Sequence[Reference | Objective] | None = None,
     config: ContrastConfig | None = None,
     *,
@@ -73,10 +74,10 @@ def get_contrast_model(
 
     Args:
         model: the bare base model.
-        prompts: what should be refused, with the answers that are to be learnt: rows as
-            `Reference` takes them, token ids among them, or tuples of the ids of a prompt and of
-            its answer. Where there are prompts alone (texts, lists of ids, or ``input_ids`` without
-            ``labels``), the adapter has rank 1.
+        prompts: what should be refused, with the answers that are to be learnt: a file or data
+            set, rows as `Reference` takes them, token ids among them, or tuples of the ids of a
+            prompt and of its answer. Where there are prompts alone (texts, lists of ids, or
+            ``input_ids`` without ``labels``), the adapter has rank 1.
         references: what should not be refused; ``None`` takes the embedded harmless prompts.
             References with the same prompts count once. Of answers the more tokens the better: A
             learns from them where not to respond.
@@ -106,13 +107,15 @@ def get_contrast_model(
             "merge or unload the other adapter first."
         )
     layers = _readers(model, config)
+    if isinstance(prompts, str | Path):
+        prompts = data.load_rows(prompts)
     harmful = [
         _tokens(row, processing_class, max_length, config.answer_tokens)
         for row in _spread(prompts, config.prompts)
     ]
     objectives = [
         r.prepare(model, processing_class, cache=cache) if isinstance(r, Reference) else r
-        for r in (default_references() if references is None else references)
+        for r in (default_references() if references is None else given_references(references))
     ]
     kinds = examples_by_kind(objectives, config.references)
     _check_counts({"the safety prompts": harmful, **kinds})

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from recipes_for_tests import HARMFUL, HARMLESS, tiny_recipe
+from recipes_for_tests import HARMFUL, HARMLESS, tiny_recipe, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -336,15 +336,20 @@ def test_a_is_what_hidden_states_give(made: Any, tiny_tokenizer: Any) -> None:
         torch.testing.assert_close(named[name], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_rows_are_read_as_prompts(made: Any, tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_rows_are_read_as_prompts(
+    made: Any, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     model, _, objectives = made
     answer = {"completion": "No, I am sorry."}
     pair = {"chosen": "No, I am sorry.", "rejected": "With pleasure."}
     references = [objective.reference for objective in objectives]
-    for more in (answer, pair):
-        rows = [{"prompt": text, **more} for text in HARMFUL]
+    rows, pairs = ([{"prompt": text, **more} for text in HARMFUL] for more in (answer, pair))
+    file = write_rows(tmp_path / "safety.jsonl", rows)
+    for prompts in (rows, pairs, file):
         base = tiny_model(num_hidden_layers=4)
-        other = get_contrast_model(base, rows, references, _CONFIG, processing_class=tiny_tokenizer)
+        other = get_contrast_model(
+            base, prompts, references, _CONFIG, processing_class=tiny_tokenizer
+        )
         for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(one, two), name
 
