@@ -197,16 +197,25 @@ def _ensure_pad_token(tokenizer: Any, model: Any, source: str) -> None:
 # ------------------------------------------------------------------------- the embedded model
 
 
+def embedded_target() -> Path:
+    """Where the embedded model is converted to; it may not be there yet.
+
+    Raises:
+        ModelError: its package is not installed.
+    """
+    gguf = _embedded_gguf()
+    identity = f"{_CONVERSION}:{gguf.name}:{gguf.stat().st_size}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    return cache_dir() / f"SmolLM2-135M-Instruct-{digest}"
+
+
 def embedded_folder() -> Path:
     """The embedded model as a Hugging Face folder; converts it the first time.
 
     Raises:
         ModelError: its package is not installed, or the folder cannot be written.
     """
-    gguf = _embedded_gguf()
-    identity = f"{_CONVERSION}:{gguf.name}:{gguf.stat().st_size}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    target = cache_dir() / f"SmolLM2-135M-Instruct-{digest}"
+    gguf, target = _embedded_gguf(), embedded_target()
     if target.is_dir():
         return target
     from rich.console import Console

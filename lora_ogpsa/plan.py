@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from rich.text import Text
 from lora_ogpsa import chat, data
 from lora_ogpsa.checks import check_adapters, check_arguments, check_data
 from lora_ogpsa.config import OGPSAConfig
-from lora_ogpsa.errors import DataError
 from lora_ogpsa.memory import ModelSize, estimate, local_config, model_size
 from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.reference import Reference
@@ -37,7 +36,7 @@ class StagePlan:
     Args:
         stage: the stage.
         rows: training rows; ``None`` if the data are not on this machine.
-        tokens: of an average row, prompt and answer; the limit on length if that is unknown.
+        tokens: of an average sequence, prompt and answer; the limit on length if that is unknown.
         steps: optimizer steps; ``None`` if that depends on unknown data.
         batch: rows per step.
         overhead: tokens of the reference passes as a share of those of training; ``None`` without
@@ -52,6 +51,11 @@ class StagePlan:
     batch: int
     overhead: float | None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def row_tokens(self) -> int:
+        """Of an average row; a pair is two sequences."""
+        return _sequences(self.stage) * self.tokens
 
 
 @dataclass
@@ -100,11 +104,13 @@ def make_plan(recipe: Recipe, cells: Sequence[Cell] = ()) -> Plan:
 def _local_tokenizer(recipe: Recipe) -> Any | None:
     from transformers import AutoTokenizer
 
-    from lora_ogpsa.models import EMBEDDED, checked_source
+    from lora_ogpsa.models import EMBEDDED, checked_source, embedded_target
 
     name = recipe.model["model_name_or_path"]
     if name == EMBEDDED:
-        return None  # reading it out of the GGUF file takes longer than all the rest
+        name = str(embedded_target())
+        if not Path(name).is_dir():
+            return None  # reading it out of the GGUF file takes longer than all the rest
     try:
         return AutoTokenizer.from_pretrained(checked_source(name), local_files_only=True)
     except (OSError, ValueError):
@@ -113,14 +119,18 @@ def _local_tokenizer(recipe: Recipe) -> Any | None:
 
 def _stage_plan(stage: Stage, tokenizer: Any | None) -> StagePlan:
     notes: list[str] = []
+    if tokenizer is None:
+        notes.append(
+            f"the tokenizer is not at hand; lengths are guessed, at {_CHARACTERS_PER_TOKEN} "
+            "characters a token and without what a chat template adds"
+        )
     batch = stage.argument("per_device_train_batch_size")
     batch *= stage.argument("gradient_accumulation_steps")
     longest = stage.argument("max_length") or 1024
     rows, tokens = None, longest
     if _is_here(stage.dataset_name):
-        texts = _training_texts(stage, tokenizer)
-        rows = len(texts)
-        tokens = min(longest, _mean_tokens(texts, tokenizer))
+        found = checked_rows(stage, tokenizer)
+        rows, tokens = len(found), _training_tokens(stage, found, longest, tokenizer)
     else:
         notes.append(
             f"{stage.dataset_name} is not on this machine; its rows are taken to have "
@@ -129,11 +139,11 @@ def _stage_plan(stage: Stage, tokenizer: Any | None) -> StagePlan:
     steps = stage.argument("max_steps")
     if steps is None or steps <= 0:
         known = stage.dataset_limit if rows is None else rows
-        epochs = stage.argument("num_train_epochs")
-        steps = None if known is None else math.ceil(math.ceil(known / batch) * epochs)
+        steps = None if known is None else _steps(stage, known)
     overhead = None
     if stage.ogpsa is not None:
-        overhead = _overhead(stage.ogpsa, stage.references, batch * tokens, tokenizer, notes)
+        trained = batch * tokens * _sequences(stage)
+        overhead = _overhead(stage.ogpsa, stage.references, trained, tokenizer, notes)
     return StagePlan(stage, rows, tokens, steps, batch, overhead, notes)
 
 
@@ -144,14 +154,31 @@ def _is_here(name: str) -> bool:
     return name.startswith("embedded:") or path.exists() or is_path
 
 
-def _training_texts(stage: Stage, tokenizer: Any | None) -> list[str]:
-    rows = checked_rows(stage, tokenizer)
+def _steps(stage: Stage, rows: int) -> int:
+    """Optimizer steps of all epochs, as the Trainer counts them."""
+    batches = rows / stage.argument("per_device_train_batch_size")
+    batches = int(batches) if stage.argument("dataloader_drop_last") else math.ceil(batches)
+    steps = max(1, math.ceil(batches / stage.argument("gradient_accumulation_steps")))
+    return math.ceil(steps * stage.argument("num_train_epochs"))
+
+
+def _sequences(stage: Stage) -> int:
+    """How many sequences a row is trained as."""
+    return 2 if stage.trainer == "dpo" else 1
+
+
+def _training_tokens(
+    stage: Stage, rows: list[dict[str, Any]], longest: int, tokenizer: Any | None
+) -> int:
+    """Tokens of an average sequence."""
+    # With `rejected: base` the rejected side takes the model to make, and is about as long.
     sides = ["chosen", "rejected"] if "chosen" in rows[0] else ["completion"]
-    if stage.rejected == "base":
-        sides *= 2  # the rejected side takes the model to make, and is about as long
-    return [
-        " ".join(t["content"] for side in ("prompt", *sides) for t in row[side]) for row in rows
+    counts = [
+        _tokens(row["prompt"], row[side][0]["content"], longest, tokenizer, stage.dataset_name)
+        for row in rows[:: max(1, len(rows) // _SAMPLED)]
+        for side in sides
     ]
+    return max(1, round(sum(counts) / len(counts)))
 
 
 def _overhead(
@@ -169,45 +196,49 @@ def _overhead(
         else:
             length = reference.max_length
             notes.append(f"{reference.data} is not on this machine; reference lengths are guessed")
-        lengths.append(min(reference.max_length, length))
+        lengths.append(length)
     shares = [reference.share for reference in references]
     mean = sum(s * n for s, n in zip(shares, lengths, strict=True)) / sum(shares)
     return (config.references_per_refresh or 1) * mean / ((config.refresh_every or 1) * trained)
 
 
-def _example_tokens(reference: Reference, tokenizer: Any | None) -> int:
-    """Tokens of an average example of a reference, by its first rows."""
-    name = f"reference `{reference.name}`"
-    try:
-        rows = data.load_rows(
-            reference.data, config=reference.config, split=reference.split, limit=_SAMPLED
-        )
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from error
-    if "input_ids" in rows[0]:
-        return round(sum(len(row["input_ids"]) for row in rows) / len(rows))
-    named = [(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
+def _example_tokens(reference: Reference, tokenizer: Any | None) -> float:
+    """Tokens of an average example of a reference, by the first of its rows."""
+    rows = reference.rows()[:_SAMPLED]
+    return sum(_tokens_of_row(reference, row, number, tokenizer) for number, row in rows) / len(
+        rows
+    )
+
+
+def _tokens_of_row(
+    reference: Reference, row: Mapping[str, Any], number: int, tokenizer: Any | None
+) -> int:
+    place, longest = f"reference `{reference.name}`, row {number}", reference.max_length
+    if "input_ids" in row:
+        return min(longest, len(row["input_ids"]))
     if reference.loss == "dpo":
-        pairs = [chat.as_preference(row, name=place) for row, place in named]
-        both = [f"{_text(p)} {chosen} {_text(p)} {rejected}" for p, chosen, rejected in pairs]
-        return _mean_tokens(both, tokenizer)
-    chats = [chat.as_messages(row, name=place) for row, place in named]
+        prompt, *answers = chat.as_preference(row, name=place)
+        return sum(_tokens(prompt, answer, longest, tokenizer, place) for answer in answers)
+    messages, answer = chat.as_messages(row, name=place)
     if reference.loss == "sft":
-        return _mean_tokens([f"{_text(m)} {answer or ''}" for m, answer in chats], tokenizer)
-    return _mean_tokens([_text(m) for m, _ in chats], tokenizer) + reference.max_new_tokens
+        return _tokens(messages, answer, longest, tokenizer, place)
+    return _tokens(messages, None, longest, tokenizer, place) + reference.max_new_tokens
 
 
-def _text(messages: Sequence[dict[str, Any]]) -> str:
-    return " ".join(turn["content"] for turn in messages)
-
-
-def _mean_tokens(texts: list[str], tokenizer: Any | None) -> int:
-    if tokenizer is None:
-        characters = sum(map(len, texts)) / len(texts)
-        return max(1, round(characters / _CHARACTERS_PER_TOKEN))
-    sample = texts[:: max(1, len(texts) // _SAMPLED)]
-    counts = [len(ids) for ids in tokenizer(sample)["input_ids"]]
-    return max(1, round(sum(counts) / len(counts)))
+def _tokens(
+    messages: list[dict[str, Any]],
+    answer: str | None,
+    longest: int,
+    tokenizer: Any | None,
+    place: str,
+) -> int:
+    """Tokens of a conversation and of the answer to it, as it is trained on."""
+    if tokenizer is not None:
+        return sum(
+            map(len, chat.encode(tokenizer, messages, answer, max_length=longest, name=place))
+        )
+    characters = sum(len(turn["content"]) for turn in messages) + len(answer or "")
+    return min(longest, max(1, round(characters / _CHARACTERS_PER_TOKEN)))
 
 
 # ------------------------------------------------------------------------------------ rendering
@@ -265,8 +296,10 @@ def _stage_lines(plan: StagePlan) -> list[RenderableType]:
     unknown = f"up to {stage.dataset_limit}" if stage.dataset_limit else "an unknown number of"
     rows = unknown if plan.rows is None else str(plan.rows)
     steps = "an unknown number of" if plan.steps is None else str(plan.steps)
-    lines.append(Text(f"data      {stage.dataset_name}: {rows} rows of about {plan.tokens} tokens"))
-    total = "" if plan.steps is None else f", {plan.steps * plan.batch * plan.tokens:,} tokens"
+    lines.append(
+        Text(f"data      {stage.dataset_name}: {rows} rows of about {plan.row_tokens} tokens")
+    )
+    total = "" if plan.steps is None else f", {plan.steps * plan.batch * plan.row_tokens:,} tokens"
     lines.append(
         Text(
             f"training  {stage.trainer.upper()}, {steps} steps of {plan.batch} rows{total}, "

@@ -127,7 +127,7 @@ class Reference:
             ConfigError: text without a tokenizer, or a model that is no language model.
         """
         _require_language_model(model, self.name)
-        rows = self._rows()
+        rows = self.rows()
         if self.loss == "dpo":
             pairs = [self._encode_pair(row, tokenizer, self._place(n)) for n, row in rows]
             return Objective(self, [sequence for pair in pairs for sequence in pair], model)
@@ -161,7 +161,7 @@ class Reference:
         Raises:
             DataError: no rows, or rows without the expected fields.
         """
-        rows = self._rows()
+        rows = self.rows()
         if tokenizer is not None:
             encode = self._encode_pair if self.loss == "dpo" else self._encode
             for number, row in rows:
@@ -169,12 +169,16 @@ class Reference:
 
     def asks_the_model(self) -> bool:
         """Whether :meth:`prepare` has the base model answer prompts."""
-        return self.loss in ("kl", "distill") and not self._tokenised(self._rows()[0][1])
+        return self.loss in ("kl", "distill") and not self._tokenised(self.rows()[0][1])
 
     # ------------------------------------------------------------------ rows
 
-    def _rows(self) -> list[tuple[int, Mapping[str, Any]]]:
-        """The rows that are used, each with its number in the data, from 1 on."""
+    def rows(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """The rows that are used, each with its number in the data, from 1 on.
+
+        Raises:
+            DataError: there are none, or `data` holds something else.
+        """
         if isinstance(self.data, str | Path):
             try:
                 table = data.load_table(self.data, config=self.config, split=self.split)

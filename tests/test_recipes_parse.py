@@ -12,7 +12,7 @@ from recipes_for_tests import tiny_recipe, write_rows
 from references import data_folder
 from rich.console import Console
 
-from lora_ogpsa import models
+from lora_ogpsa import chat, models
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.errors import DataError
 from lora_ogpsa.memory import ModelSize, estimate, model_size, ogpsa_bytes
@@ -205,6 +205,46 @@ def test_a_plan_takes_every_kind_of_reference(
     of_own, of_short, mixed = overheads
     assert of_own == pytest.approx(tokens, abs=1)
     assert mixed == pytest.approx((of_own + 3 * of_short) / 4)
+
+
+def test_a_plan_takes_a_references_own_rows(tmp_path: Path, tiny_folder: Path) -> None:
+    rows = [
+        {"prompt": "word " * size, "kind": kind}
+        for kind, size in (("long", 40), ("short", 2))
+        for _ in range(3)
+    ]
+    data = write_rows(tmp_path / "own.jsonl", rows)
+    overheads = []
+    for kind in ("short", "long"):
+        own = {"name": "own", "data": data, "kind": kind}
+        recipe = parse_recipe(tiny_recipe(tmp_path, tiny_folder, references=[own]))
+        overheads.append(make_plan(recipe).stages[0].overhead)
+    assert overheads[0] < overheads[1]
+
+
+def test_a_plan_counts_tokens_as_they_are_trained(
+    tmp_path: Path, tiny_folder: Path, tiny_tokenizer: Any
+) -> None:
+    """The chat template's too; of a pair the prompt stands before either answer."""
+    raw = tiny_recipe(tmp_path, tiny_folder, references=None)
+    row = {"prompt": "Hi", "chosen": "No.", "rejected": "Yes, gladly."}
+    prompt = [{"role": "user", "content": "Hi"}]
+    each = [
+        sum(map(len, chat.encode(tiny_tokenizer, prompt, answer, max_length=128)))
+        for answer in ("No.", "Yes, gladly.")
+    ]
+    pairs = write_rows(tmp_path / "pairs.jsonl", [row] * 4)
+    dpo = parse_recipe({**raw, "trainer": "dpo", "dataset_name": pairs, "ogpsa": False})
+    assert make_plan(dpo).stages[0].row_tokens == pytest.approx(sum(each), abs=1)
+    answered = write_rows(tmp_path / "answered.jsonl", [{"prompt": "Hi", "completion": "No."}] * 4)
+    sft = parse_recipe({**raw, "dataset_name": answered, "ogpsa": False})
+    assert make_plan(sft).stages[0].row_tokens == each[0]
+
+
+def test_a_plan_counts_the_steps_of_whole_batches(tmp_path: Path, tiny_folder: Path) -> None:
+    raw = tiny_recipe(tmp_path, tiny_folder, max_steps=None, num_train_epochs=2)
+    raw |= {"per_device_train_batch_size": 3, "dataloader_drop_last": True}
+    assert make_plan(parse_recipe(raw)).stages[0].steps == 2  # of 4 rows one is left
 
 
 def test_a_plan_names_the_row_of_a_reference_that_is_none(
