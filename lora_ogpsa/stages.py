@@ -312,7 +312,8 @@ def _trainer(
         trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[stage.trainer](
             model=model,
             args=arguments,
-            train_dataset=datasets.Dataset.from_list(rows),
+            # A table of fixed columns gives every tool call the arguments of all, as None.
+            train_dataset=datasets.Dataset.from_list(rows, on_mixed_types="use_json"),
             processing_class=tokenizer,
             peft_config=lora_config(recipe) if fresh else None,
         )

@@ -24,7 +24,13 @@ from lora_ogpsa.measure import recipe_suite
 from lora_ogpsa.recipe import parse_recipe
 from lora_ogpsa.run import RunInterrupted, run
 from lora_ogpsa.stage_data import checked_rows, training_rows
-from lora_ogpsa.stages import last_checkpoint, load_base, lora_config, training_arguments
+from lora_ogpsa.stages import (
+    _trainer,
+    last_checkpoint,
+    load_base,
+    lora_config,
+    training_arguments,
+)
 from lora_ogpsa.training_record import read_energy
 
 
@@ -729,6 +735,41 @@ def test_training_renders_as_references_and_evaluations_do(
         assert learned.index(True) == len(prompt)
         assert batch["input_ids"][0].tolist()[: len(prompt + ids)] == prompt + ids
     assert "<think></think>" in tokenizer.decode(prompt)
+
+
+def test_tool_calls_are_trained_after_as_they_stand(
+    tmp_path: Path, tiny_folder: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    """Other calls have other arguments, of other types; a turn has a name that others have not."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name is defined %} {{ m.name }}"
+        "{% endif %}{{ '\n' }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+    def row(**arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+        turns = [
+            {"role": "user", "content": "look"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "name": "look", "content": "4"},
+            {"role": "assistant", "content": "It is 4."},
+        ]
+        return {"messages": turns}
+
+    rows = write_rows(tmp_path / "calls.jsonl", [row(at=1), row(at="x"), row(near={"y": 2})])
+    raw = tiny_recipe(tmp_path, tiny_folder, dataset_name=rows, max_length=256)
+    recipe = parse_recipe(raw)
+    stage = recipe.stages[0]
+    found = checked_rows(stage, tokenizer)
+    arguments = training_arguments(stage, tmp_path)
+    trainer = _trainer(recipe, stage, arguments, tiny_model(), tokenizer, found, fresh=True)
+    for given, trained in zip(found, trainer.train_dataset, strict=True):
+        answer = given["completion"][0]["content"]
+        prompt, ids = encode(tokenizer, given["prompt"], answer, max_length=256)
+        assert trained["input_ids"][: len(prompt + ids)] == prompt + ids
 
 
 def test_preference_rows_say_how_to_do_without_pairs(tmp_path: Path, tiny_folder: Path) -> None:
