@@ -13,6 +13,9 @@ from typing import Any, Literal
 from lora_ogpsa.errors import ConfigError
 
 _ONE_PROCESS = "Recipes run in one process; use OGPSACallback in a script of your own for more."
+_ONE_TOKENIZER = (
+    "The base model is measured with its tokenizer as it stands; set it in the model's folder."
+)
 
 # Keys that TRL's dataclasses have and that another part of the recipe or of the command line
 # decides. Obeying them would be surprising, and ignoring them worse.
@@ -27,6 +30,9 @@ DECIDED_ELSEWHERE = {
     "dataset_test_split": "The `evaluation:` section names the data that is measured on.",
     "dataset_streaming": "Every row is checked before training, so data sets are read whole.",
     "dataset_text_field": "Rows are read as conversations; docs/recipes.md lists the formats.",
+    "dataset_kwargs": "Rows are prepared as conversations; docs/recipes.md lists the formats.",
+    "chat_template_path": _ONE_TOKENIZER,
+    "eos_token": _ONE_TOKENIZER,
     "model_init_kwargs": "Name the settings themselves, such as `dtype` or `load_in_4bit`.",
     "lora_target_parameters": "Adapters on bare parameters are not supported yet.",
     "load_in_8bit": "A merge cannot reproduce 8-bit layers; use `load_in_4bit`.",

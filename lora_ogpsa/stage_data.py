@@ -24,7 +24,8 @@ def checked_rows(stage: Stage, tokenizer: Any | None) -> list[dict[str, Any]]:
         ``rejected``: each a list of messages, so that TRL trains on the answers only.
 
     Raises:
-        DataError: a row lacks fields, or its prompt leaves no room for an answer.
+        DataError: a row lacks fields, or its prompt leaves no room for an answer; or no batch would
+            be whole where others are left out.
     """
     rows = []
     pairs = stage.trainer == "dpo" and stage.rejected == "data"
@@ -34,6 +35,12 @@ def checked_rows(stage: Stage, tokenizer: Any | None) -> list[dict[str, Any]]:
         if tokenizer is not None:
             prompt_ids(stage, tokenizer, read["prompt"], place)
         rows.append(read)
+    batch = stage.argument("per_device_train_batch_size")
+    if stage.argument("dataloader_drop_last") and len(rows) < batch:
+        raise DataError(
+            f"{stage.dataset_name}: {len(rows)} rows fill no batch of {batch}, and "
+            "`dataloader_drop_last` leaves incomplete ones out"
+        )
     return rows
 
 

@@ -166,9 +166,6 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
         raise ConfigError(
             f"stage `{stage.name}`: nothing can be reported as `report_to` asks: {one_line(error)}"
         ) from error
-    template = getattr(arguments, "chat_template_path", None) or ""
-    if template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-        raise ConfigError(f"stage `{stage.name}`: `chat_template_path` not found: {template}")
     return arguments
 
 

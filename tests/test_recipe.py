@@ -128,6 +128,10 @@ def test_unknown_keys_name_the_place_and_the_nearest(
         ({"use_peft": False}, "`use_peft` is not for recipes"),
         ({"resume_from_checkpoint": "x"}, "Pass --resume on the command line"),
         ({"deepspeed": "ds.json"}, "`deepspeed` is not for recipes"),
+        # Training would set it on the tokenizer that the base model was measured with before.
+        ({"chat_template_path": "x.jinja"}, "`chat_template_path` is not for recipes. The base"),
+        ({"eos_token": "</s>"}, "`eos_token` is not for recipes"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "`dataset_kwargs` is not for recipes"),
         ({"logging_nan_inf_filter": True}, "must not be hidden"),
         ({"dataset_name": None}, "`dataset_name` is missing"),
         ({"output_dir": ""}, "`output_dir` is missing"),

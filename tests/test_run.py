@@ -495,12 +495,12 @@ def test_a_run_that_failed_before_its_first_result_leaves_its_folder_free(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
     raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, max_steps=1)
-    wrong = {**raw, "chat_template_path": str(tmp_path / "typo")}
+    wrong = {**raw, "padding_free": True}
     with pytest.raises(ConfigError, match="TRL refuses the settings"):
         _run(wrong)
     assert (tmp_path / "out/recipe.yaml").is_file()
     assert _run(raw)["finished"] is True
-    assert "typo" not in (tmp_path / "out/recipe.yaml").read_text()
+    assert "padding_free" not in (tmp_path / "out/recipe.yaml").read_text()
 
 
 def test_a_recipe_written_by_hand_is_not_overwritten(tmp_path: Path, tiny_folder: Path) -> None:
@@ -554,7 +554,11 @@ _GONE = {"name": "mine", "data": "gone.jsonl"}
         ({"optim": "foo"}, {}, "stage `2-sft`.*foo is not a valid OptimizerNames"),
         ({"logging_steps": 0}, {}, "stage `2-sft`.*non-zero --logging_steps"),
         ({"report_to": "foo"}, {}, "stage `2-sft`.*foo is not supported"),
-        ({"chat_template_path": "gone.jinja"}, {}, "`chat_template_path` not found: gone.jinja"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 8},
+            {},
+            "4 rows fill no batch of 8",
+        ),
         ({"push_to_hub": True}, {}, "stage `2-sft`: `push_to_hub` cannot work"),
         ({"references": [_GONE]}, {}, "reference `mine`: file not found: gone.jsonl"),
         ({}, {"lora_r": 0}, "adapter's settings are refused: `r` should be a positive"),
