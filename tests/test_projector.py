@@ -524,13 +524,26 @@ def test_a_group_without_a_learning_rate_stays_and_the_others_are_held(tiny_peft
     assert all(torch.equal(p, still[n]) for n, p in named if n in still)
 
 
-@pytest.mark.parametrize("config", [orthogonal(), OGPSAConfig(budget=0.0)])
-def test_autocast_and_low_precision_products_around_the_step_change_nothing(tiny_peft, config):
+@pytest.mark.parametrize("constraint", ["orthogonal", "budget"])
+def test_autocast_and_low_precision_products_around_the_step_change_nothing(tiny_peft, constraint):
+    config = OGPSAConfig(
+        constraint=constraint,
+        budget=0.0,
+        rank=6 if constraint == "orthogonal" else None,
+        refresh="interval",
+        refresh_every=1000,
+        early_refreshes=(),
+    )
+
     def trained(careless):
         model = tiny_peft(warm=True)
         optimizer = OPTIMIZERS["adamw_decay"](adapter_parameters(model))
         with OGPSA(model, optimizer, two_references(), config) as ogpsa:
-            for step in range(3):
+            # Reference passes are in the precision of training: the one refresh is not careless.
+            training_step(model, 0)
+            optimizer.step()
+            for step in range(1, 4):
+                optimizer.zero_grad()
                 training_step(model, step)
                 if careless:
                     # What a CPU has of these: with TF32 they are a GPU's.
@@ -539,7 +552,6 @@ def test_autocast_and_low_precision_products_around_the_step_change_nothing(tiny
                     optimizer.step()
                 assert torch.backends.mkldnn.matmul.fp32_precision == ("bf16" if careless else was)
                 torch.backends.mkldnn.matmul.fp32_precision = was
-                optimizer.zero_grad()
             return ogpsa.space.read()
 
     was = torch.backends.mkldnn.matmul.fp32_precision
