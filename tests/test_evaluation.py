@@ -358,6 +358,16 @@ def test_rows_are_filtered_before_they_are_limited(tiny_model, tiny_tokenizer, t
     assert len(prompts) == 3
     with pytest.raises(DataError, match=r"`harmful` has no rows with \{'kind': 'c'\}"):
         run(tiny_model(), tiny_tokenizer, {"harmful": {**spec, "where": {"kind": "c"}}})
+    # Rows given as a list are drawn as those of a file are.
+    listed = run(tiny_model(), tiny_tokenizer, {"harmful": {**shuffled, "data": PROMPTS}})
+    assert {s.prompt for s in listed.samples} == prompts
+    assert prompts != {row["prompt"] for row in PROMPTS[:3]}
+
+
+def test_a_field_to_report_by_that_no_row_has_is_named(tiny_model, tiny_tokenizer):
+    spec = {"data": PROMPTS, "by": "kinds"}
+    with pytest.raises(DataError, match=r"`by: kinds`, and no row has that field.*'kind'"):
+        run(tiny_model(), tiny_tokenizer, {"harmful": spec})
 
 
 def test_rows_of_tables_hold_more_than_json_knows(tiny_model, tiny_tokenizer, tmp_path):
@@ -384,11 +394,18 @@ def test_missing_answers_are_named_by_row(tiny_peft, tiny_tokenizer, kind):
         run(tiny_peft(warm=True), tiny_tokenizer, {"x": {"measure": kind, "data": rows}})
 
 
-@pytest.mark.parametrize("kind", ["refusal", "nll", "numeric", "preference", "divergence"])
+@pytest.mark.parametrize(
+    "kind", ["refusal", "nll", "numeric", "preference", "divergence", "multiple_choice"]
+)
 def test_a_row_without_the_fields_of_a_measure_is_named(tiny_peft, tiny_tokenizer, kind):
-    pair = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
-    rows = [pair if kind == "preference" else ANSWERED[0], {"other": "fields"}]
-    with pytest.raises(DataError, match=r"^measure `x`, row 2: no (conversation|preference)"):
+    first = {
+        "preference": {"prompt": "Hi", "chosen": "yes", "rejected": "no"},
+        "multiple_choice": {"question": "Hi", "choices": ["yes", "no"], "answer": 0},
+    }
+    rows = [first.get(kind, ANSWERED[0]), {"other": "fields"}]
+    with pytest.raises(
+        DataError, match=r"^measure `x`, row 2: (no (conversation|preference)|a multiple-choice)"
+    ):
         run(tiny_peft(warm=True), tiny_tokenizer, {"x": {"measure": kind, "data": rows}})
 
 
@@ -413,6 +430,14 @@ def test_a_prompt_that_is_too_long_is_named(tiny_model, tiny_tokenizer):
         ({"measures": {"lm_eval": ""}}, "`lm_eval`: A harness measure needs `tasks`"),
         ({"measures": {"general": {"data": "x", "limit": 1.5}}}, "`general`: `limit` should"),
         ({"measures": {"divergence": {"data": "x", "answers": "own"}}}, "`answers` should be one"),
+        ({"measures": {"harmful": 5}}, "`harmful`: `data` should be a file, .*. Found 5"),
+        ({"measures": {"harmful": ["a.jsonl", "b.jsonl"]}}, "holds rows, each a mapping"),
+        ({"measures": {"harmful": {"data": "x", "where": "kind=b"}}}, "`where` should be a mapp"),
+        ({"measures": {"harmful": {"data": "x", "by": 5}}}, "`by` should be the name of a field"),
+        ({"measures": {"general": {"data": "x", "suffix": 5}}}, "`suffix` should be a text"),
+        ({"measures": {"lm_eval": 5}}, "`tasks` should be a list of names. Found 5"),
+        ({"measures": {"a.b": {"measure": "nll", "data": "x"}}}, "text without dots. Found 'a.b'"),
+        ({"measures": {1: {"measure": "nll", "data": "x"}}}, "text without dots. Found 1"),
     ],
 )
 def test_wrong_suites_are_refused(content, message):

@@ -10,7 +10,7 @@ import pytest
 
 from lora_ogpsa import models
 from lora_ogpsa.data import load_rows
-from lora_ogpsa.errors import ConfigError, OGPSAError
+from lora_ogpsa.errors import ConfigError, DataError, ModelError, OGPSAError
 from lora_ogpsa.evaluation import (
     EndpointJudge,
     EvaluationSuite,
@@ -295,6 +295,29 @@ def test_a_local_judge_is_loaded_once_for_all_measures(
     assert make_judge(spec).identity != identity
 
 
+def test_a_judge_without_a_chat_template_is_refused(tiny_folder, tiny_tokenizer, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "judge")
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template = None
+    for path in (tmp_path / "judge").glob("chat_template*"):
+        path.unlink()
+    plain.save_pretrained(tmp_path / "judge")
+    with pytest.raises(ModelError, match="judge has no chat template"):
+        LocalJudge(str(tmp_path / "judge")).judge([("a", "b")])
+
+
+def test_a_judge_whose_template_refuses_is_named(tiny_folder, tiny_tokenizer, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "judge")
+    strict = copy.deepcopy(tiny_tokenizer)
+    strict.chat_template = "{{ raise_exception('one user turn only') }}"
+    strict.save_pretrained(tmp_path / "judge")
+    with pytest.raises(DataError, match=r"^the judge .*judge: .*one user turn only"):
+        LocalJudge(str(tmp_path / "judge"), style="guard").judge([("a", "b")])
+
+
+ENDPOINT = {"kind": "endpoint", "base_url": "http://x/v1", "model": "m"}
+
+
 def test_judges_are_made_from_descriptions():
     assert isinstance(make_judge("phrases"), RefusalPhraseJudge)
     made = make_judge({"kind": "endpoint", "base_url": "http://x/v1", "model": "m"})
@@ -312,6 +335,14 @@ def test_judges_are_made_from_descriptions():
         ({"kind": "endpoint", "base_url": "file:/x", "model": "m"}, "should begin with http"),
         ({"kind": "local", "name": "x", "style": "strict"}, "'question' or 'guard'"),
         ({"kind": "phrases", "window": 3}, "'phrases' cannot be set up"),
+        (["phrases"], r"Found \['phrases'\]"),
+        ({"kind": "endpoint", "base_url": 5, "model": "m"}, "should begin with http. Found 5"),
+        ({**ENDPOINT, "model": 5}, "`model` should be a text. Found 5"),
+        ({**ENDPOINT, "concurrency": 0}, "`concurrency` should be a whole number of at least 1"),
+        ({**ENDPOINT, "retries": "2"}, "`retries` should be a whole number of at least 0"),
+        ({**ENDPOINT, "timeout": 0}, "`timeout` should be a number of at least 0.001"),
+        ({"kind": "local", "name": 5}, "`name` should be a text. Found 5"),
+        ({"kind": "local", "name": "x", "batch_size": 0}, "`batch_size` should be a whole"),
     ],
 )
 def test_bad_descriptions_are_named(spec, message):

@@ -370,11 +370,24 @@ def test_answers_are_read_by_index_letter_or_label(changed):
         ({"prompt": "x", "choices": ["a"], "answer": 0}, r"Found the fields \['answer', 'choi"),
         ({"question": "x", "choices": ["a"], "answer": 1}, "none of the 1 choices"),
         ({"question": "x", "choices": ["a", "b"], "answer": "C"}, "'C' is none of the 2"),
+        ({"question": "x", "choices": ["a", "b"], "answer": 0.5}, "0.5 is none of the 2"),
+        ({"question": "x", "choices": ["a", "b"], "answer": [0]}, r"\[0\] is none of the 2"),
+        ({"question": "x", "choices": "ab", "answer": 0}, "`choices` should be a list. Found 'ab'"),
+        ({"question": "x", "choices": list(range(27)), "answer": 0}, "27 choices cannot be listed"),
     ],
 )
 def test_bad_questions_are_named(row, message):
-    with pytest.raises(DataError, match=message):
-        as_question(row)
+    with pytest.raises(DataError, match=f"^row 7: .*{message}"):
+        as_question(row, "letters", name="row 7")
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [(["a", "b"], 1.0), ({"text": ["a", "b"], "label": None}, "B"), (["a", "b"], "1")],
+)
+def test_what_tables_make_of_an_answer(choices, answer):
+    row = {"question": "x", "choices": choices, "answer": answer}
+    assert as_question(row).answer == 1
 
 
 def test_normalised_accuracy_divides_by_characters():

@@ -155,7 +155,7 @@ def make_judge(spec: Any) -> Judge:
     kinds = {"phrases": RefusalPhraseJudge, "endpoint": EndpointJudge, "local": LocalJudge}
     settings = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
     kind = settings.pop("kind", None)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"A judge should be one of {sorted(kinds)}. Found {kind!r}.")
     try:
         made: Judge = kinds[kind](**settings)

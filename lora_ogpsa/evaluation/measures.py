@@ -15,7 +15,12 @@ from lora_ogpsa.evaluation.harness import harness_missing
 from lora_ogpsa.evaluation.judges import Judge, make_judge
 from lora_ogpsa.evaluation.likelihood import Tokens
 from lora_ogpsa.evaluation.model_judges import LocalJudge
-from lora_ogpsa.evaluation.multiple_choice import as_question, choice_requests, judge_choices
+from lora_ogpsa.evaluation.multiple_choice import (
+    Question,
+    as_question,
+    choice_requests,
+    judge_choices,
+)
 from lora_ogpsa.evaluation.result import Item, Sample
 from lora_ogpsa.evaluation.session import Row, Run, item_keys, measured_rows, place
 from lora_ogpsa.evaluation.store import content_key
@@ -63,8 +68,7 @@ def check_measure(suite: EvaluationSuite, name: str, spec: MeasureSpec) -> list[
         groups = dict.fromkeys(group for group in _groups(rows, spec) if group is not None)
         return [f"{name}.{judge.verdict}", *(f"{name}.{judge.verdict}.{g}" for g in groups)]
     if spec.measure == "multiple_choice":
-        for row in rows:
-            as_question(row, spec.style)
+        _questions(name, rows, spec)
         return [f"{name}.acc", f"{name}.acc_norm"]
     if spec.measure == "preference":
         for number, row in enumerate(rows, start=1):
@@ -155,7 +159,7 @@ def _nll(run: Run, name: str, spec: MeasureSpec) -> None:
 
 def _multiple_choice(run: Run, name: str, spec: MeasureSpec) -> None:
     rows = run.rows(name, spec)
-    questions = [as_question(row, spec.style) for row in rows]
+    questions = _questions(name, rows, spec)
     longest = _context_window(run.model)
     requests = [choice_requests(run.tokenizer, question, longest) for question in questions]
     flat = iter(run.scores(name, [request for group in requests for request in group]))
@@ -309,6 +313,14 @@ def _prompts(name: str, rows: list[Row]) -> list[list[dict]]:
     """The rows' prompts as messages."""
     return [
         chat.as_messages(row, name=place(name, number))[0]
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _questions(name: str, rows: list[Row], spec: MeasureSpec) -> list[Question]:
+    """The rows' questions."""
+    return [
+        as_question(row, spec.style, name=place(name, number))
         for number, row in enumerate(rows, start=1)
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from lora_ogpsa import chat
-from lora_ogpsa.errors import ConfigError, OGPSAError, one_line
+from lora_ogpsa.errors import ConfigError, ModelError, OGPSAError, one_line
 from lora_ogpsa.evaluation.generate import generate
 from lora_ogpsa.evaluation.judges import Pair
 from lora_ogpsa.evaluation.progress import Progress
@@ -54,7 +55,7 @@ class EndpointJudge:
         concurrency: requests under way at a time.
 
     Raises:
-        ConfigError: `base_url` is no web address.
+        ConfigError: `base_url` is no web address, or a setting is of another type or too small.
     """
 
     verdict: Literal["refused", "safe"] = "refused"
@@ -79,7 +80,11 @@ class EndpointJudge:
         self.timeout = timeout
         self.retries = retries
         self.concurrency = concurrency
-        if not base_url.startswith(("http://", "https://")):
+        _check_texts(model=model, api_key_env=api_key_env, question=question)
+        _check_numbers(1, int, max_tokens=max_tokens, concurrency=concurrency)
+        _check_numbers(0, int, retries=retries)
+        _check_numbers(0.001, (int, float), timeout=timeout)
+        if not str(base_url).startswith(("http://", "https://")):
             raise ConfigError(f"A judge's `base_url` should begin with http. Found {base_url!r}.")
         self.identity = f"endpoint|{base_url}|{model}|{max_tokens}|{question}"
 
@@ -146,7 +151,7 @@ class LocalJudge:
         batch_size: pairs per batch.
 
     Raises:
-        ConfigError: `style` is unknown.
+        ConfigError: `style` is unknown, or a setting is of another type or too small.
     """
 
     def __init__(
@@ -161,6 +166,8 @@ class LocalJudge:
             raise ConfigError(
                 f"A judge's `style` should be 'question' or 'guard'. Found {style!r}."
             )
+        _check_texts(name=name, question=question)
+        _check_numbers(1, int, batch_size=batch_size)
         self.name = name
         self.style = style
         self.question = question
@@ -178,7 +185,12 @@ class LocalJudge:
         return self._identity
 
     def judge(self, pairs: Sequence[Pair]) -> list[bool | None]:
-        """Greedy one-word verdicts on the pairs, in batches."""
+        """Greedy one-word verdicts on the pairs, in batches.
+
+        Raises:
+            ModelError: the model cannot be loaded, or has no chat template.
+            DataError: its chat template refuses what it is asked.
+        """
         model, tokenizer = self._load()
         prompts = [self._tokens(tokenizer, pair) for pair in pairs]
         answers = generate(
@@ -201,7 +213,13 @@ class LocalJudge:
         if self._loaded is None:
             from lora_ogpsa.models import load_model
 
-            self._loaded = load_model(self.name)
+            model, tokenizer = load_model(self.name)
+            if not tokenizer.chat_template:
+                raise ModelError(
+                    f"The judge {self.name} has no chat template, so it cannot be asked anything. "
+                    "Name a chat model."
+                )
+            self._loaded = model, tokenizer
         return self._loaded
 
     def _tokens(self, tokenizer: Any, pair: Pair) -> list[int]:
@@ -213,14 +231,25 @@ class LocalJudge:
             ]
         else:
             messages = [{"role": "user", "content": _filled(self.question, pair)}]
-        ids = tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **chat.TEMPLATE_SETTINGS,  # thoughts would be all of a verdict's few tokens
+        ids, _ = chat.encode(
+            tokenizer, messages, None, max_length=sys.maxsize, name=f"the judge {self.name}"
         )
-        return list(ids)
+        return ids
+
+
+def _check_texts(**settings: Any) -> None:
+    for name, value in settings.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"A judge's `{name}` should be a text. Found {value!r}.")
+
+
+def _check_numbers(least: float, kind: Any, **settings: Any) -> None:
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+            whole = "whole number" if kind is int else "number"
+            raise ConfigError(
+                f"A judge's `{name}` should be a {whole} of at least {least}. Found {value!r}."
+            )
 
 
 def _filled(question: str, pair: Pair) -> str:

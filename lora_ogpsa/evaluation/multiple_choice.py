@@ -27,7 +27,7 @@ class Question:
     answer: int
 
 
-def as_question(row: Mapping[str, Any], style: str = "cloze") -> Question:
+def as_question(row: Mapping[str, Any], style: str = "cloze", *, name: str = "row") -> Question:
     """Read a multiple-choice row as lm-evaluation-harness's tasks would prompt it.
 
     Args:
@@ -35,42 +35,59 @@ def as_question(row: Mapping[str, Any], style: str = "cloze") -> Question:
             ``answer`` or ``answerKey`` (index from 0, or a label or letter); optional ``subject``.
         style: ``"cloze"`` compares the texts of the choices (as ARC, HellaSwag), ``"letters"``
             lists them and compares their letters (as MMLU, zero-shot).
+        name: how error messages call the row.
 
     Raises:
-        DataError: fields are missing or the answer is none of the choices.
+        DataError: fields are missing, the choices are no list, there are more than letters to list
+            them by, or the answer is none of them.
     """
     given: Any = row.get("choices")
     choices, labels = given, None
     if isinstance(given, Mapping):
-        choices, labels = given.get("text"), list(given.get("label", []))
+        choices, labels = given.get("text"), list(given.get("label") or ())
     answer = row.get("answer", row.get("answerKey"))
-    if "question" not in row or not choices or answer is None:
+    if row.get("question") is None or not choices or answer is None:
         raise DataError(
-            "A multiple-choice row needs `question`, `choices` and `answer` (or `answerKey`). "
-            f"Found the fields {sorted(row)}."
+            f"{name}: a multiple-choice row needs `question`, `choices` and `answer` (or "
+            f"`answerKey`). Found the fields {sorted(row)}."
         )
+    if not isinstance(choices, list | tuple):
+        raise DataError(f"{name}: `choices` should be a list. Found {given!r:.100}.")
     choices = [str(choice) for choice in choices]
-    if isinstance(answer, str):
-        names = labels or list(_LETTERS[: len(choices)])
-        index = names.index(answer) if answer in names else -1
-        if index < 0 and answer.isdigit():
-            index = int(answer)
-    else:
-        index = int(answer)
+    index = _index(answer, labels or list(_LETTERS[: len(choices)]))
     if not 0 <= index < len(choices):
         raise DataError(
-            f"The answer {answer!r} is none of the {len(choices)} choices (from 0, or a letter)."
+            f"{name}: the answer {answer!r} is none of the {len(choices)} choices (from 0, or a "
+            "letter)."
         )
     question = str(row["question"])
     if style == "cloze":
         return Question(f"Question: {question}\nAnswer:", choices, index)
     letters = _LETTERS[: len(choices)]
-    listed = "\n".join(f"{name}. {choice}" for name, choice in zip(letters, choices, strict=True))
+    if len(letters) < len(choices):
+        raise DataError(
+            f"{name}: {len(choices)} choices cannot be listed by {len(letters)} letters. Use "
+            "`style: cloze`."
+        )
+    listed = "\n".join(
+        f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)
+    )
     about = ""
     if row.get("subject"):
         subject = str(row["subject"]).replace("_", " ")
         about = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
     return Question(f"{about}{question.strip()}\n{listed}\nAnswer:", list(letters), index)
+
+
+def _index(answer: Any, names: list[Any]) -> int:
+    """Which choice `answer` means, by its name or number; -1 for none."""
+    if isinstance(answer, str):
+        if answer in names:
+            return names.index(answer)
+        return int(answer) if answer.isdecimal() else -1
+    # A table with gaps holds whole numbers as floats.
+    whole = isinstance(answer, int | float) and float(answer).is_integer()
+    return int(answer) if whole else -1
 
 
 def choice_requests(tokenizer: Any, question: Question, max_length: int) -> list[Tokens]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,8 @@ def measured_rows(name: str, spec: MeasureSpec, limit: int | None) -> list[Row]:
     """
     if isinstance(spec.data, list | tuple):
         rows: list[Row] = list(spec.data)
+        if spec.shuffle_seed is not None:
+            random.Random(spec.shuffle_seed).shuffle(rows)
     else:
         try:
             rows = list(
@@ -126,7 +129,13 @@ def measured_rows(name: str, spec: MeasureSpec, limit: int | None) -> list[Row]:
         rows = [row for row in rows if all(row.get(key) == value for key, value in wanted)]
     if not rows:
         condition = f" with {dict(spec.where)}" if spec.where else ""
-        raise DataError(f"The measure `{name}` has no rows{condition} in {spec.data!r}.")
+        source = "its list" if isinstance(spec.data, list | tuple) else repr(spec.data)
+        raise DataError(f"The measure `{name}` has no rows{condition} in {source}.")
+    if spec.by is not None and all(row.get(spec.by) is None for row in rows):
+        raise DataError(
+            f"The measure `{name}` is to be reported `by: {spec.by}`, and no row has that field. "
+            f"The fields of the first are {sorted(rows[0])}."
+        )
     return rows[:limit]
 
 

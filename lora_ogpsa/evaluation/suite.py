@@ -29,6 +29,17 @@ _KINDS = (
     "harness",
 )
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of the settings of a measure that are neither chosen from a list nor numbers: types, and in words.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "data": ((str, Path, list, tuple), "a file, `embedded:NAME`, a hub id or a list of rows"),
+    "config": ((str,), "a text"),
+    "split": ((str,), "a text"),
+    "where": ((Mapping,), "a mapping of fields to values"),
+    "by": ((str,), "the name of a field"),
+    "suffix": ((str,), "a text"),
+    "tasks": ((str, list, tuple), "a list of names"),
+    "include_path": ((str, Path), "a folder"),
+}
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,19 @@ class MeasureSpec:
         """Check the values.
 
         Raises:
-            ConfigError: one is unknown, out of range or missing.
+            ConfigError: one is unknown, out of range, of another type or missing.
         """
+        for name, (types, words) in _TYPES.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, types):
+                raise ConfigError(f"`{name}` should be {words}. Found {value!r}.")
+        if isinstance(self.data, list | tuple) and not all(
+            isinstance(row, Mapping) for row in self.data
+        ):
+            raise ConfigError(
+                "A list in `data` holds rows, each a mapping of fields to values. For several "
+                f"files give each a measure of its own. Found {self.data!r:.200}."
+            )
         choices = {
             "measure": _KINDS,
             "want": (None, "refuse", "answer"),
@@ -151,6 +173,12 @@ class EvaluationSuite:
                 "An evaluation needs `measures`: a mapping of names to data or settings. Found "
                 f"{self.measures!r}. `EvaluationSuite.default()` uses the data in the package."
             )
+        for name in self.measures:
+            # Results are named after their measure: what stands before the first dot.
+            if not isinstance(name, str) or not name or "." in name:
+                raise ConfigError(
+                    f"The name of a measure should be a text without dots. Found {name!r}."
+                )
         read = {name: _read_spec(name, spec) for name, spec in self.measures.items()}
         object.__setattr__(self, "measures", read)
         names = ("limit", "max_new_tokens", "batch_size", "batch_tokens", "max_length")
