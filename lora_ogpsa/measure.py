@@ -12,6 +12,7 @@ import torch
 from lora_ogpsa.errors import ExportError, ModelError
 from lora_ogpsa.evaluation import EvaluationResult, EvaluationSuite
 from lora_ogpsa.evaluation import evaluate as evaluate_model
+from lora_ogpsa.evaluation.measures import check_measure
 from lora_ogpsa.export.empty_model import embedding_rows
 from lora_ogpsa.export.model_files import read_json
 from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
@@ -60,6 +61,9 @@ def measure_model(
     suite = suite or quicker(EvaluationSuite.default())
     if limit is not None:
         suite = _limited(suite, limit)
+    # Beforehand, so that a missing file of the last measure is known before hours of the others.
+    for measure, spec in suite.measures.items():
+        check_measure(suite, measure, spec)
     adapter = _adapter_folder(name)
     if adapter is None:
         if weights:

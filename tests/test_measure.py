@@ -15,7 +15,7 @@ import yaml
 from peft import PeftModel, load_peft_weights
 from recipes_for_tests import tiny_recipe
 
-from lora_ogpsa.errors import ModelError, OGPSAError
+from lora_ogpsa.errors import DataError, ModelError, OGPSAError
 from lora_ogpsa.evaluation import evaluate
 from lora_ogpsa.measure import measure_model, recipe_suite
 from lora_ogpsa.models import load_model
@@ -55,6 +55,19 @@ def test_the_bases_tokenizer_beside_the_adapter_changes_nothing(
         assert result.model == alone[heading].model
         assert result.items == alone[heading].items
         assert result.samples == alone[heading].samples
+
+
+def test_all_that_is_measured_is_there_before_anything_is(
+    saved: Any, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = tiny_recipe(tmp_path, tiny_folder)
+    content["evaluation"]["measures"]["harmless"] = str(tmp_path / "gone.jsonl")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")  # harmless last
+    monkeypatch.setenv("LORA_OGPSA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="measure `harmless`: file not found"):
+        measure_model(str(saved()), recipe=path)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_adapter_is_asked_through_its_own_template(
