@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from lora_ogpsa.compare_settings import PLAIN
-from lora_ogpsa.results import measure_title
+from lora_ogpsa.results import markdown_table, measure_title
 
 NO_TAX = "no clear tax"
 
@@ -106,9 +107,10 @@ def compare_table(content: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right" if number else "left")
     for section in sections(content):
         table.add_section()
-        table.add_row(section.title, style="bold")
+        table.add_row(escape(section.title), style="bold")
         for row in section.rows:
-            table.add_row(f"  {row[0]}", *row[1:])
+            # Brackets of a measure's name are no styles.
+            table.add_row(*map(escape, (f"  {row[0]}", *row[1:])))
     return table
 
 
@@ -116,13 +118,13 @@ def compare_markdown(content: Mapping[str, Any]) -> str:
     """The table in Markdown, with the values of the single seeds."""
     state = "" if content["finished"] else " (so far)"
     lines = [f"# Comparison of {content['recipe_file']}{state}", "", caption(content), ""]
-    lines += _markdown(
+    lines += markdown_table(
         columns(content),
         [row for section in sections(content) for row in [[f"**{section.title}**"], *section.rows]],
     )
     if len(content["seeds"]) > 1:
         lines += ["", f"## Single seeds: {' / '.join(map(str, content['seeds']))}", ""]
-        lines += _markdown(["measure", *content["rules"]], seed_rows(content))
+        lines += markdown_table(["measure", *content["rules"]], seed_rows(content))
     return "\n".join(lines) + "\n"
 
 
@@ -177,11 +179,3 @@ def _seeds(content: Mapping[str, Any], name: str | None, found: Mapping[str, Any
 
 def _format(unit: str) -> tuple[float, int, str]:
     return (100.0, 0, " %") if unit == "share" else (1.0, 3, "")
-
-
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-    for row in rows:
-        cells = [*row, *[""] * (len(headings) - len(row))]
-        lines.append("| " + " | ".join(cell.replace("  ", "&nbsp;&nbsp;") for cell in cells) + " |")
-    return lines

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from lora_ogpsa.evaluation import EvaluationResult, Measure, Sample, differences
@@ -58,31 +59,36 @@ def results_table(columns: Columns) -> Table:
     )
     table.add_column("measure")
     table.add_column("n", justify="right")
+    # Names come from folders and data: brackets in them are no styles.
     for heading in columns:
-        table.add_column(heading, justify="right")
+        table.add_column(escape(heading), justify="right")
     for row in measure_rows(columns):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 
 def results_markdown(columns: Columns) -> str:
     """The same table in Markdown."""
-    lines = [
-        "| " + " | ".join(["measure", "n", *columns]) + " |",
-        "|---" + "|---:" * (len(columns) + 1) + "|",
-    ]
-    lines += [
-        "| " + " | ".join(cell.replace("  ", "&nbsp;&nbsp;") for cell in row) + " |"
-        for row in measure_rows(columns)
-    ]
-    return "\n".join(lines)
+    return "\n".join(markdown_table(["measure", "n", *columns], measure_rows(columns)))
 
 
 def differences_markdown(before: EvaluationResult, after: EvaluationResult) -> str:
     """Paired differences of the measures that both results have, in Markdown."""
-    lines = ["| measure | difference | 95 % interval |", "|---|---:|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in difference_rows(before, after)]
-    return "\n".join(lines)
+    headings = ["measure", "difference", "95 % interval"]
+    return "\n".join(markdown_table(headings, difference_rows(before, after)))
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown; short rows are filled up, bars in cells are escaped."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    lines = [line(headings), "|---" + "|---:" * (len(headings) - 1) + "|"]
+    for row in rows:
+        cells = [*row, *[""] * (len(headings) - len(row))]
+        lines.append(line([cell.replace("  ", "&nbsp;&nbsp;") for cell in cells]))
+    return lines
 
 
 def difference_rows(before: EvaluationResult, after: EvaluationResult) -> list[list[str]]:

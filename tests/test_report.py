@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -13,13 +14,18 @@ import torch
 import yaml
 from evaluations_for_tests import evaluated
 from recipes_for_tests import tiny_recipe
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lora_ogpsa.adapters import AdapterSpace
 from lora_ogpsa.cli import app
+from lora_ogpsa.compare_summary import Summary
+from lora_ogpsa.compare_table import compare_markdown, compare_table
 from lora_ogpsa.errors import DataError
+from lora_ogpsa.evaluation import EvaluationSuite
 from lora_ogpsa.report import write_report
 from lora_ogpsa.report.verdict import compare_verdict, cost_sentence, run_verdict
+from lora_ogpsa.results import results_markdown, results_table
 from lora_ogpsa.steplogs import StepLogs
 from lora_ogpsa.training_record import StepRecorder, point_steps, read_energy
 
@@ -338,6 +344,27 @@ def test_the_command_writes_it_again_and_says_where_it_cannot(
 
 
 # ------------------------------------------------------------------------------- what it is made of
+
+
+def test_names_from_data_and_folders_format_nothing_in_tables() -> None:
+    base, own = evaluated(0.1, 0.1, None), evaluated(0.9, 0.5, 0.1)
+    for result in (base, own):
+        for kind in ("[/b]", "[wiki]", "a|b"):
+            items = result.items["harmless.refused"]
+            result.add_share(f"harmless.refused.{kind}", items, "lower")
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(results_table({"base": base, "adapter[v2]": own}))
+    suite = EvaluationSuite(dict.fromkeys(("harmful", "harmless", "general", "divergence"), "x"))
+    paths = {("plain", 0): [(1, own)], ("default", 0): [(1, own)]}
+    content = Summary(suite, base, paths, None, 0.02).to_json()
+    content |= {"recipe_file": "r", "finished": True, "seeds": [0], "safety_margin": 0.02}
+    shown.print(compare_table(content))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "adapter[v2]" in text
+    assert text.count("harmless.refused.[/b]") > 1 and text.count("harmless.refused.[wiki]") > 1
+    for page in (results_markdown({"base": base, "own": own}), compare_markdown(content)):
+        row = next(line for line in page.splitlines() if "harmless.refused.a" in line)
+        assert "a\\|b" in row and row.replace("\\|", "").count("|") == 5
 
 
 def test_removed_energy_by_layer_is_that_of_its_parameters(tiny_peft: Any) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
 
 from lora_ogpsa.report.drawing import Picture
 from lora_ogpsa.report.model import Report
 from lora_ogpsa.report.parts import Parts
+from lora_ogpsa.results import markdown_table
 
 
 def to_markdown(report: Report, parts: Parts) -> str:
@@ -23,18 +23,18 @@ def to_markdown(report: Report, parts: Parts) -> str:
         for section in report.sections:
             rows += [[f"**{section.title}**"]] if section.title else []
             rows += section.rows
-        lines += [*_table(report.headings, rows), "", report.caption, ""]
+        lines += [*markdown_table(report.headings, rows), "", report.caption, ""]
     for title, found in report.differences.items():
         lines += [f"### {title}", ""]
-        lines += [*_table(["measure", "difference", "95 % interval"], found), ""]
+        lines += [*markdown_table(["measure", "difference", "95 % interval"], found), ""]
     if report.seeds[1]:
-        lines += ["### Single seeds", "", *_table(*report.seeds), ""]
+        lines += ["### Single seeds", "", *markdown_table(*report.seeds), ""]
     lines += ["## Answers before and after", ""]
     lines += _answers(parts) or [parts.missing["answers"], ""]
     lines += ["## What OGPSA did on the way", ""]
     lines += _pictures(parts.training) or [parts.missing["training"], ""]
     lines += ["## Time and memory", ""]
-    lines += [*_table(*parts.costs), ""] if parts.costs[1] else [parts.missing["costs"], ""]
+    lines += [*markdown_table(*parts.costs), ""] if parts.costs[1] else [parts.missing["costs"], ""]
     if report.notes:
         lines += ["## Notes", "", *(f"- {plain(note)}" for note in report.notes), ""]
     lines += ["## Recipe and versions", "", "```yaml", report.recipe.strip(), "```", ""]
@@ -72,12 +72,4 @@ def _answers(parts: Parts) -> list[str]:
                 lines.append(f"- {plain(answer.model)}{verdict}: {plain(answer.text)}")
             lines.append("")
         lines += ["</details>", ""] if group.harmful else []
-    return lines
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-    for row in rows:
-        cells = [*row, *[""] * (len(headings) - len(row))]
-        lines.append("| " + " | ".join(c.replace("  ", "&nbsp;&nbsp;") for c in cells) + " |")
     return lines
