@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from lora_ogpsa.errors import DataError
 from lora_ogpsa.evaluation import EvaluationResult, evaluate
+from lora_ogpsa.export.sources import adapter_weights
 from lora_ogpsa.measure import recipe_suite
 from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.results import save_result
@@ -22,6 +22,7 @@ from lora_ogpsa.stages import (
     last_checkpoint,
     load_base,
     load_trained,
+    read_record,
     train_stage,
 )
 from lora_ogpsa.training_record import POINTS_FOLDER, point_folder
@@ -60,7 +61,7 @@ class Cell:
     def record(self, stage: Stage) -> dict[str, Any] | None:
         """The record of a finished training; ``None`` before."""
         path = self.stage_folder(stage) / "adapter" / TRAINING_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_record(path) if path.is_file() else None
 
     def evaluation_file(self, stage: Stage, step: int) -> Path:
         """Where the evaluation after `step` steps of a stage lies."""
@@ -175,12 +176,13 @@ def _load_weights(model: Any, adapter: Path) -> None:
 
     Raises:
         DataError: the adapter is gone.
+        ExportError: it is damaged.
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     if not adapter.is_dir():
         raise DataError(
             f"the adapter {adapter}, which is to be evaluated, is gone. Delete the folder of its "
             "stage and repeat the command with --resume to train it again."
         )
-    set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
+    set_peft_model_state_dict(model, adapter_weights(adapter))

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from lora_ogpsa.errors import ConfigError
+from lora_ogpsa.errors import ConfigError, one_line
+from lora_ogpsa.recipe_file import as_mapping
 from lora_ogpsa.stages import as_yaml, write_yaml
 
 Mappings = Mapping[str, Any]
@@ -119,9 +120,16 @@ def check_same_recipe(
     """Refuse to go on with a recipe other than the one in `path`; the folder may have moved.
 
     Raises:
-        ConfigError: a key changed; it is named.
+        ConfigError: a key changed; it is named. Or the file is damaged.
     """
-    earlier = relevant(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    try:
+        kept = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path}, by which --resume knows its run, cannot be read: {one_line(error)}. Put the "
+            "recipe in its place, or start anew with --overwrite."
+        ) from error
+    earlier = relevant(as_mapping(kept, str(path)))
     now = relevant(yaml.safe_load(yaml.safe_dump(dict(raw))))
     changed = sorted(
         key for key in {*earlier, *now} - {"output_dir"} if earlier.get(key) != now.get(key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import time
 from collections import Counter
@@ -39,6 +38,7 @@ from lora_ogpsa.stages import (
     last_checkpoint,
     load_base,
     load_trained,
+    read_record,
     train_stage,
     write_json,
     write_text,
@@ -251,7 +251,7 @@ class _Run:
             return
         with staged_folder(target) as partial:
             shutil.copytree(adapter, partial, dirs_exist_ok=True)
-            facts = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
+            facts = read_record(adapter / RUN_FILE)
             if part in self.results and "base" in self.results:
                 facts["evaluation"] = card_evaluation(self.results["base"], self.results[part])
                 write_json(partial / RUN_FILE, facts)
@@ -275,7 +275,7 @@ class _Run:
         target = self.folder / "merged"
         done = target / REPORT_JSON
         if done.is_file():
-            dtype = json.loads(done.read_text(encoding="utf-8"))["merge"]["dtype"]
+            dtype = read_record(done)["merge"]["dtype"]
             self._heading(f"merging: done already, in {dtype}")
             return
         dtype = self.recipe.merge or "bfloat16"
@@ -294,14 +294,14 @@ class _Run:
             for stage in self.recipe.stages:
                 path = self._stage_folder(arm, stage.name) / "adapter" / TRAINING_FILE
                 if path.is_file():
-                    record = json.loads(path.read_text(encoding="utf-8"))
+                    record = read_record(path)
                     trainings[f"{arm}/{stage.name}"] = record
         merged = self.folder / "merged" / REPORT_JSON
         content = results_json(
             self.recipe,
             self.results,
             trainings,
-            json.loads(merged.read_text(encoding="utf-8")) if merged.is_file() else None,
+            read_record(merged) if merged.is_file() else None,
             finished=finished,
             merge_seconds=self._merge_seconds,
             wall_seconds=time.monotonic() - self._began,

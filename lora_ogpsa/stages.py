@@ -15,6 +15,7 @@ from lora_ogpsa.console import StepDisplay, StopAtNonFinite, err
 from lora_ogpsa.contrast_config import ContrastConfig
 from lora_ogpsa.errors import ConfigError, ModelError, OGPSAError, one_line
 from lora_ogpsa.export.folder import staged_folder
+from lora_ogpsa.export.model_files import read_json
 from lora_ogpsa.export.quantisation import RUN_FILE, describe_quantisation
 from lora_ogpsa.models import cache_dir, load_model
 from lora_ogpsa.recipe import Recipe, Stage, training_class
@@ -72,11 +73,21 @@ def with_adapter(model: Any, adapter: Path, *, trainable: bool) -> Any:
         ModelError: the adapter cannot be loaded.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load the adapter {adapter}: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load the adapter {adapter}: {one_line(error)}") from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One of the JSON files that are saved with an adapter or a merged model.
+
+    Raises:
+        ExportError: it is damaged.
+    """
+    return read_json(path, f"Delete {path.parent} and repeat the command with --resume.")
 
 
 def lora_config(recipe: Recipe) -> Any:
@@ -333,7 +344,7 @@ def _continued(model: Any, start: Path) -> tuple[Any, ContrastConfig | None]:
     from lora_ogpsa.contrast import freeze_contrast
 
     model = with_adapter(model, start, trainable=True)
-    facts = json.loads((start / RUN_FILE).read_text(encoding="utf-8"))
+    facts = read_record(start / RUN_FILE)
     if facts.get("contrast") is None:
         return model, None
     freeze_contrast(model)

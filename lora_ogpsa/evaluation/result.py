@@ -176,10 +176,14 @@ class EvaluationResult:
             DataError: the file is missing or is not the result of an evaluation.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
             raise DataError(f"{path} cannot be read as an evaluation: {error}.") from error
-        return cls.from_dict(content)
+        except ValueError as error:
+            raise DataError(
+                f"{path} cannot be read as an evaluation: {one_line(error)} Measure it anew; of a "
+                "run or a comparison delete the file and repeat the command with --resume."
+            ) from error
 
 
 def check_result_file(path: str | Path) -> None:

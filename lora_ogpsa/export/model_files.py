@@ -86,8 +86,12 @@ def _copy(patterns: tuple[str, ...], source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, advice: str = "Copy or download it again.") -> dict[str, Any]:
     """Reads a JSON file with one object.
+
+    Args:
+        path: The file.
+        advice: What to do where it is damaged, for the message.
 
     Raises:
         ExportError: It is none.
@@ -95,11 +99,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(
-            f"{path} cannot be read as JSON: {one_line(error)}. Copy or download it again."
-        ) from error
+        raise ExportError(f"{path} cannot be read as JSON: {one_line(error)}. {advice}") from error
     if not isinstance(content, dict):
-        raise ExportError(f"{path} should hold an object, not {type(content).__name__}.")
+        raise ExportError(f"{path} should hold an object, not {type(content).__name__}. {advice}")
     return content
 
 

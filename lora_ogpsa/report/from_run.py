@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lora_ogpsa.compare_summary import safety_measure
 from lora_ogpsa.compare_table import Section
 from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.evaluation import EvaluationResult
+from lora_ogpsa.export.model_files import read_json
 from lora_ogpsa.export.quantisation import RUN_FILE
 from lora_ogpsa.recipe import Recipe, parse_recipe
 from lora_ogpsa.report.costs import stage_seconds
@@ -23,6 +23,9 @@ from lora_ogpsa.results import ARM_TITLES, column_title, difference_rows, in_ord
 from lora_ogpsa.run_record import merge_line, versions
 from lora_ogpsa.stages import TRAINING_FILE
 from lora_ogpsa.training_record import ENERGY_FILE, read_energy
+
+# What to do about a damaged file.
+AGAIN = "Repeat the command that made it with --resume, then write the report again."
 
 
 def read_run(folder: Path, recipe_file: Path) -> Report:
@@ -159,4 +162,4 @@ def _evaluations(folder: Path, recipe: Recipe) -> dict[str, EvaluationResult]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, AGAIN) if path.is_file() else {}
