@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,27 @@ def pad_token(tokenizer: Any) -> int:
     return 0
 
 
+@contextmanager
+def _own_settings_off(model: Any) -> Iterator[None]:
+    """Within the context the model has no generation settings of its own.
+
+    transformers takes from those whatever a given configuration leaves unset: suppressed or forced
+    tokens, guidance, stop strings and more.
+    """
+    from transformers import GenerationConfig
+
+    # PEFT hands its model's settings on to the base model.
+    holders = [module for module in model.modules() if "generation_config" in vars(module)]
+    before = [module.generation_config for module in holders]
+    try:
+        for module in holders:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, settings in zip(holders, before, strict=True):
+            module.generation_config = settings
+
+
 @torch.no_grad()
 def greedy_replies(
     model: Any,
@@ -35,8 +58,8 @@ def greedy_replies(
 ) -> list[list[int]]:
     """Greedy replies to one batch of tokenised prompts, whatever the model's generation settings.
 
-    Sampling and penalties that those may ask for are off: the same model gives the same replies,
-    and two models differ by their weights alone.
+    Sampling, penalties and whatever else those may ask for are off: the same model gives the same
+    replies, and two models differ by their weights alone.
 
     Args:
         model: a causal language model; its adapters are used as they are switched.
@@ -55,22 +78,15 @@ def greedy_replies(
     device = next(model.parameters()).device
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    # Named even where they are the defaults: what is left unset comes from the model's settings.
     config = GenerationConfig(
         do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=sorted(stops),
         return_dict_in_generate=False,
     )
-    with quiet(model, checkpointing=False):
+    with quiet(model, checkpointing=False), _own_settings_off(model):
         out: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     replies = []
     for row in out[:, width:].tolist():

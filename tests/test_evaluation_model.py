@@ -18,7 +18,7 @@ from lora_ogpsa.evaluation.multiple_choice import (
 )
 from lora_ogpsa.evaluation.progress import Progress
 from lora_ogpsa.evaluation.store import Section
-from lora_ogpsa.generation import stop_tokens
+from lora_ogpsa.generation import greedy_replies, stop_tokens
 
 QUIET = Progress(False)
 
@@ -111,6 +111,34 @@ def busy_model(tiny_peft):
     ids = torch.randint(3, 300, (2, 8))
     model(input_ids=ids, labels=ids).loss.backward()
     return model
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_models_own_generation_settings_change_no_answer(
+    adapted, tiny_model, tiny_peft, tiny_tokenizer
+):
+    model = tiny_peft(warm=True) if adapted else tiny_model()
+    prompts = [[5, 6, 7], [9, 8]]
+
+    def answers():
+        return greedy_replies(model, tiny_tokenizer, prompts, 4, {2})
+
+    plain, own = answers(), model.generation_config
+    for name, value in {
+        "suppress_tokens": plain[0],
+        "bad_words_ids": [[plain[1][0]]],
+        "sequence_bias": [[[7], 50.0]],
+        "forced_eos_token_id": 2,
+        "encoder_repetition_penalty": 1.5,
+        "guidance_scale": 2.0,
+        "stop_strings": ["a"],  # for these three generate() asks for more, or stops
+        "num_return_sequences": 2,
+        "prompt_lookup_num_tokens": 3,
+    }.items():
+        setattr(own, name, value)
+        assert answers() == plain, name
+        assert model.generation_config is own and getattr(own, name) == value
+        setattr(own, name, None)
 
 
 def test_measuring_leaves_no_trace(busy_model, tiny_tokenizer):
