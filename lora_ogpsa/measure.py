@@ -16,8 +16,13 @@ from lora_ogpsa.evaluation.measures import check_measure
 from lora_ogpsa.export.empty_model import embedding_rows
 from lora_ogpsa.export.model_files import read_json
 from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
-from lora_ogpsa.export.sources import ADAPTER_CONFIG, adapter_folder, adapter_weights
-from lora_ogpsa.models import load_model
+from lora_ogpsa.export.sources import (
+    ADAPTER_CONFIG,
+    adapter_folder,
+    adapter_weights,
+    named_base,
+)
+from lora_ogpsa.models import EMBEDDED, checked_source, load_model
 from lora_ogpsa.recipe import Recipe, load_recipe
 from lora_ogpsa.stages import cpu_computes_bfloat16, with_adapter
 from lora_ogpsa.strength import at_strength
@@ -141,13 +146,18 @@ def _resize(model: Any, adapter: Path) -> None:
 
 def _training_of(adapter: Path) -> tuple[str, str, Quantisation | None]:
     """The base that an adapter names, its dtype in training and how it was quantised, if known."""
-    config = read_json(adapter / ADAPTER_CONFIG)
-    base = config.get("base_model_name_or_path")
+    base = named_base(adapter, read_json(adapter / ADAPTER_CONFIG))
     if not base:
-        raise ModelError(f"{adapter} does not name its base model in adapter_config.json")
+        raise ModelError(f"{adapter} does not name its base model in {ADAPTER_CONFIG}")
+    if base != EMBEDDED:
+        try:
+            checked_source(base)
+        except ModelError as error:
+            raise ModelError(
+                f"{error}. {adapter} names this base in {ADAPTER_CONFIG} as "
+                "`base_model_name_or_path`: put it back, or change the name there."
+            ) from error
     record = read_json(adapter / RUN_FILE) if (adapter / RUN_FILE).is_file() else {}
-    if Path(base).is_absolute() and not Path(base).exists():
-        base = record.get("base", base)  # the folder of another machine
     quantisation = Quantisation.from_config(record.get("quantisation") or {})
     dtype = record.get("dtype") or (quantisation and quantisation.load_dtype) or "auto"
     return base, dtype, quantisation

@@ -554,6 +554,17 @@ def test_a_link_is_no_place_for_a_merge(bases, adapter, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "link", "out"]
 
 
+@pytest.mark.parametrize("output", [".", "deeper/.."])
+def test_a_folder_without_a_name_of_its_own_is_no_place_for_a_merge(
+    output, bases, adapter, tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ExportError, match="no name of its own"):
+        merge_adapter(adapter, output, base=bases["tied"], progress=False)
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_places_that_cannot_be_written_are_named(bases, adapter, tmp_path):
     (tmp_path / "file").write_text("")
     for output in (Path("/dev/null/out"), tmp_path / "file" / "out"):
@@ -676,6 +687,43 @@ def test_incomplete_and_pickled_bases_are_refused(bases, adapter, tmp_path):
     save_file(tensors, tmp_path / "holes" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match=r"lack 1 tensors.*model\.norm\.weight"):
         _merge(adapter, tmp_path / "out", base=tmp_path / "holes")
+
+
+def test_of_a_single_file_and_an_index_the_file_is_read(bases, adapter, tmp_path):
+    # As transformers does, which the verification loads the base with.
+    both = shutil.copytree(bases["tied"], tmp_path / "both")
+    other = {k: torch.zeros_like(v) for k, v in load_file(both / "model.safetensors").items()}
+    save_file(other, both / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}
+    (both / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name, base in (("a", both), ("b", bases["tied"])):
+        merge_adapter(adapter, tmp_path / name, base=base, progress=False)
+    ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
+
+
+def test_an_adapter_from_another_machine_finds_its_base_by_name(bases, adapter, tmp_path):
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/nowhere/base"
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="/nowhere/base does not exist"):
+        merge_adapter(moved, tmp_path / "out", progress=False)
+    (moved / "ogpsa_run.json").write_text(json.dumps({"base": str(bases["tied"])}))
+    assert merge_adapter(moved, tmp_path / "out", progress=False).base_folder == bases["tied"]
+
+
+def test_what_does_not_fit_is_said_in_one_line(bases, adapter, tmp_path):
+    wider = _save_base(tmp_path / "wider", _llama(hidden_size=128))
+    with pytest.raises(ExportError, match="size mismatch .* as --base") as caught:
+        merge_adapter(adapter, tmp_path / "out", base=wider, progress=False)
+    assert "\n" not in str(caught.value)
+    config = json.loads((wider / "config.json").read_text())
+    for change in ({"model_type": "martian"}, {"hidden_size": "wide"}):
+        (wider / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ExportError, match="the config of .*wider cannot be read") as caught:
+            merge_adapter(adapter, tmp_path / "out", base=wider, progress=False)
+        assert "\n" not in str(caught.value)
 
 
 def test_damaged_files_are_named(bases, adapter, tmp_path):

@@ -234,10 +234,21 @@ def test_several_weighted_adapters_are_verified_against_peft(tiny_folder, tiny_p
     pairs = [(tmp_path / "a1", 0.5), (tmp_path / "a2", 2.0)]
     result = _export(pairs, tmp_path / "out", base=tiny_folder, dtype="float32")
     assert result.verification.comparisons[0].result.relative_error < 1e-5
-    tiny_peft(warm=True, use_dora=True).save_pretrained(tmp_path / "dora")
-    with pytest.raises(ExportError, match="cannot be verified"):
-        _export([(tmp_path / "dora", 0.5)], tmp_path / "dora_out", base=tiny_folder)
-    assert not (tmp_path / "dora_out").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}]
+)
+def test_a_strength_that_peft_cannot_run_is_refused_before_the_merge(
+    kind, tiny_folder, tiny_peft, tmp_path
+):
+    tiny_peft(warm=True, **kind).save_pretrained(tmp_path / "adapter")
+    output = tmp_path / "deep" / "out"
+    for pairs in ([(tmp_path / "adapter", 0.5)], [(tmp_path / "adapter", 1.0)] * 2):
+        with pytest.raises(ExportError, match=f"{next(iter(kind))}.* cannot be verified"):
+            _export(pairs, output, base=tiny_folder)
+        assert not output.parent.exists()  # a merge makes it
+    assert _export(tmp_path / "adapter", output, base=tiny_folder).verification
 
 
 def test_beyond_the_tolerance_nothing_is_published_and_the_error_says_why(qlora, tmp_path):
@@ -279,15 +290,33 @@ def test_the_other_choice_is_left_out_where_the_disk_is_too_small(qlora, tmp_pat
 
 
 def test_verification_needs_prompts_and_a_tokenizer(qlora, tiny_folder, tiny_peft, tmp_path):
+    output = tmp_path / "deep" / "out"
     with pytest.raises(ExportError, match="no prompt"):
-        _export(qlora, tmp_path / "out", prompts=[])
+        _export(qlora, output, prompts=[])
+    with pytest.raises(DataError, match="prompt 2: no user turn with text"):
+        _export(qlora, output, prompts=["Hi", " "])
     base = tmp_path / "bare"
     shutil.copytree(tiny_folder, base)
     for file in base.glob("tokenizer*"):
         file.unlink()
     tiny_peft(warm=True).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ExportError, match="no tokenizer"):
-        _export(tmp_path / "adapter", tmp_path / "out", base=base)
+    with pytest.raises(ExportError, match="bare has no tokenizer"):
+        _export(tmp_path / "adapter", output, base=base)
+    (base / "tokenizer.json").write_text('{"version": "none"}')
+    (base / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ExportError, match="bare has no tokenizer that can be loaded") as caught:
+        _export(tmp_path / "adapter", output, base=base)
+    assert "\n" not in str(caught.value)
+    assert not output.parent.exists()  # all of it before the merge, which makes the folder
+
+
+def test_a_model_that_cannot_be_loaded_is_named(qlora, tmp_path):
+    _export(qlora, tmp_path / "out", verify=False)
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ExportError, match="transformers cannot load .*out, which") as caught:
+        verify_merge(qlora, tmp_path / "out", quantisation=SETTINGS, prompts=PROMPTS)
+    assert "\n" not in str(caught.value)
 
 
 def test_prompts_are_rendered_as_in_training_without_thoughts(qlora, tmp_path):
@@ -342,8 +371,9 @@ def test_card_of_an_adapter_and_of_a_local_base(qlora, tmp_path):
     assert metadata["library_name"] == "peft"
     assert metadata["base_model_relation"] == "adapter"
     assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    path = write_model_card(tmp_path / "adapter", {"base": str(tmp_path)})
-    assert "base_model" not in _metadata(path)
+    for folder in (str(tmp_path), "/another/machines/folder", "../model"):
+        path = write_model_card(tmp_path / "adapter", {"base": folder})
+        assert "base_model" not in _metadata(path)
     with pytest.raises(ExportError, match="exists"):
         write_model_card(tmp_path / "adapter", {}, overwrite=False)
 
@@ -367,11 +397,15 @@ def test_card_leaves_out_what_is_not_true_of_another_strength_or_a_mixture(qlora
     _export([(qlora, 0.5)], tmp_path / "weaker", **quick)
     text = (tmp_path / "weaker" / "README.md").read_text()
     assert "| preset | budget |" in text and "harmful refused" not in text
+    assert "- What was applied: 0.5 times the change of adapter.\n" in text
+    assert "What was applied" in (tmp_path / "weaker" / "merge_report.md").read_text()
     _export([(qlora, 0.5), (qlora, 0.5)], tmp_path / "mixture", **quick)
     path = tmp_path / "mixture" / "README.md"
     assert _metadata(path)["base_model"] == "someone/tiny"
     assert "safety-alignment" not in _metadata(path)["tags"]
     assert "aligned" not in path.read_text() and "harmful refused" not in path.read_text()
+    twice = "0.5 times the change of adapter, 0.5 times the change of adapter."
+    assert f"What was applied: {twice}" in path.read_text()
 
 
 def test_card_table_cells_cannot_break_the_table(qlora, tmp_path):

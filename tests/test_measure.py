@@ -155,6 +155,13 @@ def test_adapters_that_cannot_be_loaded_are_named(
     (broken / "adapter_model.safetensors").unlink()
     with pytest.raises(OGPSAError, match="broken has no adapter_model.safetensors"):
         measure_model(str(broken), recipe=recipe)
+    config = json.loads((broken / "adapter_config.json").read_text())
+    for base in ("/nowhere/base", "../nowhere"):
+        config["base_model_name_or_path"] = base
+        (broken / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=f"not found: {base}. .*broken names this base"):
+            measure_model(str(broken), recipe=recipe)
+    shutil.copy(folder / "adapter_config.json", broken)
     whole = (folder / "adapter_model.safetensors").read_bytes()
     (broken / "adapter_model.safetensors").write_bytes(whole[:1000])
     with pytest.raises(OGPSAError, match="broken/adapter_model.safetensors cannot be read"):

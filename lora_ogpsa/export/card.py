@@ -57,8 +57,8 @@ def write_model_card(
     base = EMBEDDED_HUB_ID if base == "embedded" else base
     protected = bool(facts.get("ogpsa"))
     data = ModelCardData(
-        # The hub checks that this is a model id, which a folder is not.
-        base_model=base if base and not Path(base).exists() else None,
+        # The hub checks that this is a model id, which a folder is not, here or elsewhere.
+        base_model=base if base and not Path(base).exists() and _is_hub_id(base) else None,
         base_model_relation="adapter" if is_adapter else "finetune",
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -137,6 +137,17 @@ def push_to_hub(
             "and that the token may write (`hf auth login`)."
         ) from error
     return str(commit.commit_url)
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _named_base(folder: Path) -> str | None:

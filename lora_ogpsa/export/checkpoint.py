@@ -47,8 +47,15 @@ class CheckpointReader:
         self.keys = [key for key in self._file_of if key not in hidden]
 
     def _files(self) -> list[Path]:
+        # Of a folder with both transformers reads the single file.
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
         if (self.folder / INDEX).is_file():
             index = read_json(self.folder / INDEX)
+            if not isinstance(index.get("weight_map"), dict):
+                raise ExportError(
+                    f"{self.folder / INDEX} names no files. Copy or download it again."
+                )
             files = [self.folder / name for name in sorted(set(index["weight_map"].values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
@@ -57,8 +64,6 @@ class CheckpointReader:
                     "is only partly there. Download or copy it again."
                 )
             return files
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
         if list(self.folder.glob("*.bin")):
             raise ExportError(
                 f"{self.folder} holds pickled .bin weights, which cannot be read tensor by tensor "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-from lora_ogpsa.errors import ExportError
+from lora_ogpsa.errors import ExportError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     except ValueError as error:
         raise ExportError(
             f"transformers cannot build a causal language model of type {config.model_type!r}: "
-            f"{error}"
+            f"{one_line(error)}"
         ) from error
 
 

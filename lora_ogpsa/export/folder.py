@@ -52,9 +52,12 @@ def check_output(output: Path, *, overwrite: bool, inputs: list[Path]) -> None:
         inputs: Folders that are read during the export.
 
     Raises:
-        ExportError: The folder exists and may not be replaced, is not an earlier export or a
-            link, or is (or contains, or lies in) one of the inputs.
+        ExportError: The folder exists and may not be replaced, is not an earlier export, is a link
+            or `.`, or is (or contains, or lies in) one of the inputs.
     """
+    if output.name in ("", ".."):
+        # The folder that is complete takes its name, and this one cannot be renamed away.
+        raise ExportError(f"the output {output} has no name of its own. Name a new folder.")
     target = output.resolve()
     for path in inputs:
         source = path.resolve()
@@ -129,6 +132,18 @@ def staged_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def check_file(output: Path, *, overwrite: bool) -> None:
+    """Refuses an output file that would destroy something.
+
+    Raises:
+        ExportError: It is a folder, or exists and may not be replaced.
+    """
+    if output.is_dir():
+        raise ExportError(f"{output} is a folder. Give the name of a file.")
+    if output.exists() and not overwrite:
+        raise ExportError(f"{output} exists. Choose another name, or pass --overwrite.")
+
+
 @contextmanager
 def staged_file(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Gives a temporary file name that becomes `output` when the block ends without an error.
@@ -144,10 +159,7 @@ def staged_file(output: Path, *, overwrite: bool) -> Iterator[Path]:
         ExportError: `output` exists and `overwrite` is false, it is a folder, or no file can be
             made in that place.
     """
-    if output.is_dir():
-        raise ExportError(f"{output} is a folder. Give the name of a file.")
-    if output.exists() and not overwrite:
-        raise ExportError(f"{output} exists. Choose another name, or pass --overwrite.")
+    check_file(output, overwrite=overwrite)
     stage = output.parent / f".{output.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     with _writable(output):
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_ogpsa.errors import ExportError
+from lora_ogpsa.errors import ExportError, one_line
 from lora_ogpsa.export.checkpoint import (
     CheckpointReader,
     ShardWriter,
@@ -22,7 +21,12 @@ from lora_ogpsa.export.model_files import write_json, write_model_files
 from lora_ogpsa.export.plan import TensorPlan
 from lora_ogpsa.export.quantisation import Quantisation, recorded_quantisation
 from lora_ogpsa.export.skeleton import AdaptedSkeleton
-from lora_ogpsa.export.sources import Adapters, resolve_adapters, resolve_base
+from lora_ogpsa.export.sources import (
+    Adapters,
+    AdapterSource,
+    resolve_adapters,
+    resolve_base,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +166,7 @@ def merge_adapter(
         dtype=str(out_dtype).removeprefix("torch."),
         merged_modules=len(skeleton.changed),
         requantised_modules=len(requantised),
-        notes=notes,
+        notes=[*_applied(adapters), *notes],
     )
     with staged_folder(output) as stage:
         writer = ShardWriter(stage, shard_bytes)
@@ -243,7 +247,7 @@ def choose_strategy(
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Loads a base's config, without its quantisation: skeletons are of plain layers.
+    """Loads a model's config, without its quantisation: skeletons are of plain layers.
 
     Raises:
         ExportError: It cannot be read.
@@ -252,11 +256,19 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ExportError(f"the config of the base {folder} cannot be read: {error}") from error
+    except Exception as error:  # transformers and its checks of single values share no base
+        raise ExportError(f"the config of {folder} cannot be read: {one_line(error)}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _applied(adapters: list[AdapterSource]) -> list[str]:
+    """What the reader of a card or a report must know of weights other than a single 1."""
+    if [adapter.weight for adapter in adapters] == [1]:
+        return []
+    changes = [f"{a.weight:g} times the change of {a.folder.resolve().name}" for a in adapters]
+    return [f"What was applied: {', '.join(changes)}."]
 
 
 def _output_dtype(dtype: str, config: Any) -> torch.dtype:

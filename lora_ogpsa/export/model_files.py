@@ -50,8 +50,7 @@ def write_model_files(
         untied: Whether input and output embeddings are separate now, though tied in the base.
         vocab_size: Rows of the input embedding.
     """
-    has_tokenizer = (adapter_folder / "tokenizer_config.json").is_file()
-    _copy(TOKENIZER_FILES, adapter_folder if has_tokenizer else base_folder, folder)
+    _copy(TOKENIZER_FILES, tokenizer_folder(adapter_folder, base_folder), folder)
     _copy(BASE_FILES, base_folder, folder)
     config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
     text_config = config.get("text_config", config)
@@ -68,6 +67,28 @@ def write_model_files(
         _write_generation_config(folder, base_folder)
     # The config comes last: without it no program takes the folder for a model.
     write_json(folder / "config.json", config)
+
+
+def tokenizer_folder(adapter_folder: Path, base_folder: Path) -> Path:
+    """Says whose tokenizer a merged model gets: the adapter's where it has one."""
+    has_tokenizer = (adapter_folder / "tokenizer_config.json").is_file()
+    return adapter_folder if has_tokenizer else base_folder
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Loads a folder's tokenizer.
+
+    Raises:
+        ExportError: There is none, or its files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers and transformers share no base
+        raise ExportError(
+            f"{folder} has no tokenizer that can be loaded: {one_line(error)}"
+        ) from error
 
 
 def _write_generation_config(folder: Path, base_folder: Path) -> None:

@@ -17,7 +17,7 @@ from lora_ogpsa.export.model_files import read_json, write_json
 from lora_ogpsa.export.quantisation import RUN_FILE, Quantisation
 from lora_ogpsa.export.sources import Adapters, AdapterSource, resolve_adapters
 from lora_ogpsa.export.verification import Tolerance, VerificationReport
-from lora_ogpsa.export.verify import Prompt, verify_merge
+from lora_ogpsa.export.verify import Prompt, check_verifiable, verify_merge
 
 REPORT_MARKDOWN = "merge_report.md"
 
@@ -90,12 +90,16 @@ def export_merged(
         Both reports.
 
     Raises:
-        ExportError: The merge is impossible, or the result exceeds the tolerance.
+        ExportError: The merge is impossible or cannot be verified, or the result exceeds the
+            tolerance.
+        DataError: A prompt has no user turn with text, or the chat template refuses it.
     """
     output = Path(output)
     shared: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code}
     merging = {**shared, "dtype": dtype, "max_shard_size": max_shard_size, "device": device}
     verification: VerificationReport | None = None
+    if verify:
+        check_verifiable(adapter, prompts=prompts, **shared)
     if facts is None:
         facts = _run_facts(resolve_adapters(adapter))
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lora_ogpsa.errors import ExportError
+from lora_ogpsa.errors import ExportError, one_line
 from lora_ogpsa.export.empty_model import (
     embedding_names,
     embedding_rows,
@@ -96,9 +96,9 @@ class AdaptedSkeleton:
                         )
                     else:
                         self._peft.add_adapter(name, config, low_cpu_mem_usage=True)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ExportError(
-                    f"the adapter {adapter.folder} does not fit the base model: {error}"
+                    f"the adapter {adapter.folder} does not fit the base model: {one_line(error)}"
                 ) from error
 
     def _load(
@@ -126,7 +126,10 @@ class AdaptedSkeleton:
                     self._peft, state, adapter_name=name, low_cpu_mem_usage=True
                 )
             except (KeyError, RuntimeError) as error:
-                raise ExportError(f"the adapter's weights do not fit the base: {error}") from error
+                raise ExportError(
+                    f"the adapter's weights do not fit the base model: {one_line(error)} Pass the "
+                    "base it was trained on as --base."
+                ) from error
             # Not `missing_keys`: a tied adapter's tensor is stored under one of its names only.
             absent = [
                 key
@@ -235,7 +238,9 @@ class AdaptedSkeleton:
                 wrapper.merged_adapters.clear()
             lent = {name: owner._parameters[key].data for name, (owner, key) in slots.items()}
         except (NotImplementedError, RuntimeError, ValueError) as error:
-            raise ExportError(f"PEFT cannot merge the adapter into {module}: {error}") from error
+            raise ExportError(
+                f"PEFT cannot merge the adapter into {module}: {one_line(error)}"
+            ) from error
         finally:
             for name, (owner, key) in slots.items():
                 empty = torch.empty(base[name].shape, device="meta")

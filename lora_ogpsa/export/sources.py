@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ogpsa.errors import ExportError, one_line
 from lora_ogpsa.export.model_files import read_json
+from lora_ogpsa.export.quantisation import RUN_FILE
 from lora_ogpsa.initialisation import PLAIN_INITS
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def resolve_base(base: str | Path | None, adapters: list[AdapterSource]) -> tupl
     Raises:
         ExportError: It is not named anywhere, or is not there.
     """
-    name = base if base is not None else adapters[0].config.get("base_model_name_or_path")
+    name = base if base is not None else named_base(adapters[0].folder, adapters[0].config)
     if not name:
         raise ExportError(f"{adapters[0].folder} does not name its base model. Pass it as --base.")
     if Path(name).is_dir():
@@ -121,6 +122,21 @@ def resolve_base(base: str | Path | None, adapters: list[AdapterSource]) -> tupl
     if not (folder / "config.json").is_file():
         raise ExportError(f"the base {folder} has no config.json: it is not a model folder.")
     return folder, str(name)
+
+
+def named_base(adapter: Path, config: dict[str, Any]) -> str | None:
+    """The base that an adapter names, or None.
+
+    Where that is a folder of another machine, the run's record may know a name that is good here.
+
+    Raises:
+        ExportError: The record is damaged.
+    """
+    name = config.get("base_model_name_or_path")
+    record = adapter / RUN_FILE
+    if name and Path(name).is_absolute() and not Path(name).exists() and record.is_file():
+        return read_json(record).get("base", name)
+    return name
 
 
 def _resolve_named(name: str, *, explicit: bool) -> Path:

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_ogpsa.errors import ExportError
+from lora_ogpsa.errors import ExportError, one_line
 from lora_ogpsa.export.divergence import divergence
+from lora_ogpsa.export.model_files import load_tokenizer, tokenizer_folder
 from lora_ogpsa.export.sources import Adapters, AdapterSource, resolve_adapters, resolve_base
 from lora_ogpsa.export.verification import (
     REPRODUCES,
@@ -94,10 +95,8 @@ def verify_merge(
 
     adapters = resolve_adapters(adapter)
     base_folder, _ = resolve_base(base, adapters)
+    _require_runnable(adapters)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    prompts = list(DEFAULT_PROMPTS if prompts is None else prompts)
-    if not prompts:
-        raise ExportError("there is no prompt to verify the merge with. Pass at least one.")
     tokenizer = _tokenizer(Path(merged), trust_remote_code)
     encoded = _encode(tokenizer, prompts, max_prompt_tokens)
     swapped = strategy == "original" and quantisation is not None
@@ -143,7 +142,33 @@ def verify_merge(
                 None,
             )
         )
-    return VerificationReport(rows, prompts=len(prompts))
+    return VerificationReport(rows, prompts=len(encoded))
+
+
+def check_verifiable(
+    adapter: Adapters,
+    *,
+    base: str | Path | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Finds out before a merge, which may take long, whether it can be verified.
+
+    Args:
+        adapter: See `verify_merge`.
+        base: See `verify_merge`.
+        prompts: See `verify_merge`.
+        trust_remote_code: See `verify_merge`.
+
+    Raises:
+        ExportError: PEFT cannot run the adapters so, or there is no tokenizer or no prompt.
+        DataError: A prompt has no user turn with text, or the chat template refuses it.
+    """
+    adapters = resolve_adapters(adapter)
+    base_folder, _ = resolve_base(base, adapters)
+    _require_runnable(adapters)
+    folder = tokenizer_folder(adapters[0].folder, base_folder)
+    _encode(_tokenizer(folder, trust_remote_code), prompts, sys.maxsize)
 
 
 def _limited(limit: Tolerance, *, max_kl: float | None, min_top1: float | None) -> Tolerance:
@@ -170,21 +195,22 @@ def _vocab_size(folder: Path) -> int:
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except ExportError as error:
         raise ExportError(
-            f"{folder} has no tokenizer that can be loaded, which the verification needs: {error}. "
-            "Save one with the adapter or the base, or switch the verification off."
+            f"{error}. The verification needs one: save one with the adapter or the base, or "
+            "switch the verification off."
         ) from error
 
 
-def _encode(tokenizer: Any, prompts: Sequence[Prompt], limit: int) -> list[list[int]]:
+def _encode(tokenizer: Any, prompts: Sequence[Prompt] | None, limit: int) -> list[list[int]]:
     """The prompts rendered as for training, the last `limit` tokens of each."""
     from lora_ogpsa.chat import as_messages, encode
 
+    prompts = list(DEFAULT_PROMPTS if prompts is None else prompts)
+    if not prompts:
+        raise ExportError("there is no prompt to verify the merge with. Pass at least one.")
     encoded = []
     for number, prompt in enumerate(prompts, 1):
         name = f"prompt {number}"
@@ -230,7 +256,6 @@ def _as_trained(
 ) -> Any:
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     from lora_ogpsa.quantised import keep_differentiable
 
@@ -243,9 +268,7 @@ def _as_trained(
         stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
         if "quantization_config" not in stored:
             options["quantization_config"] = quantisation.to_config()
-    model = AutoModelForCausalLM.from_pretrained(
-        base, trust_remote_code=trust_remote_code, **options
-    )
+    model = _loaded(base, trust_remote_code=trust_remote_code, **options)
     # bitsandbytes would switch to a faster CPU format here, which computes in bfloat16.
     keep_differentiable(model)
     if model.get_input_embeddings().num_embeddings != vocab_size:
@@ -264,14 +287,6 @@ def _activate(model: Any, adapters: dict[str, AdapterSource]) -> None:
     from peft.tuners.lora import LoraLayer
 
     if len(adapters) > 1 or any(a.weight != 1 for a in adapters.values()):
-        for adapter in adapters.values():
-            nonlinear = adapter.config.get("use_dora") or adapter.config.get("modules_to_save")
-            if nonlinear:
-                raise ExportError(
-                    f"PEFT cannot run {adapter.folder} (DoRA or modules_to_save) with a weight or "
-                    "beside other adapters, so this merge cannot be verified. Switch the "
-                    "verification off to merge all the same."
-                )
         model.base_model.set_adapter(list(adapters))
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -280,13 +295,40 @@ def _activate(model: Any, adapters: dict[str, AdapterSource]) -> None:
                     module.scaling[name] *= adapter.weight
 
 
-def _plain(folder: Path, *, device: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+def _require_runnable(adapters: list[AdapterSource]) -> None:
+    """Raises ExportError for adapters of which PEFT cannot run what a merge makes of them."""
+    if [adapter.weight for adapter in adapters] == [1]:
+        return
+    for adapter in adapters:
+        # What is more than a product that a factor could scale.
+        kinds = ("use_dora", "modules_to_save", "trainable_token_indices")
+        found = [kind for kind in kinds if adapter.config.get(kind)]
+        if found:
+            raise ExportError(
+                f"PEFT cannot run {adapter.folder} ({found[0]}) with a weight or beside other "
+                "adapters, so this merge cannot be verified. Switch the verification off to merge "
+                "all the same."
+            )
 
-    model = AutoModelForCausalLM.from_pretrained(
+
+def _plain(folder: Path, *, device: str, trust_remote_code: bool) -> Any:
+    return _loaded(
         folder,
         dtype="auto",
         device_map=_placement(device),
         trust_remote_code=trust_remote_code,
-    )
-    return model.eval()
+    ).eval()
+
+
+def _loaded(folder: Path, **options: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # safetensors, bitsandbytes and transformers share no base
+        raise ExportError(
+            f"transformers cannot load {folder}, which the verification needs: {one_line(error)}"
+        ) from error
