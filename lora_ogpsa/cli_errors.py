@@ -50,8 +50,8 @@ def _foreseen(error: BaseException) -> str | None:
         if full or "inline_container.cc" in text:
             return (
                 f"the disk is full ({getattr(cause, 'filename', None) or 'while writing results'})."
-                " What was finished before is intact. Free some space and repeat the command with "
-                "--resume, or choose another --output-dir."
+                " What was finished before is intact. Free some space or choose another folder, "
+                "and repeat the command; `run` and `compare` with --resume."
             )
         if type(cause).__name__ == "OutOfMemoryError":
             return (

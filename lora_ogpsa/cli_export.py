@@ -152,7 +152,8 @@ def _prompts(path: Path) -> list[Any]:
     from lora_ogpsa.chat import as_messages
     from lora_ogpsa.data import load_rows
 
-    return [as_messages(row, name=f"{path}, row {i}")[0] for i, row in enumerate(load_rows(path))]
+    rows = enumerate(load_rows(path), start=1)
+    return [as_messages(row, name=f"{path}, row {number}")[0] for number, row in rows]
 
 
 @one_line_errors
@@ -186,6 +187,8 @@ def export(
     quiet_libraries()
     from lora_ogpsa.console import err
     from lora_ogpsa.export import export_gguf, export_lora_gguf, write_modelfile
+    from lora_ogpsa.export.folder import check_file
+    from lora_ogpsa.export.ollama import MODELFILE
 
     shared: dict[str, Any] = {"name": name, "overwrite": overwrite}
     if (model / "adapter_config.json").is_file():
@@ -195,6 +198,8 @@ def export(
     else:
         if base is not None:
             fail("--base is for adapters; a merged model is its own.")
+        if modelfile:  # now rather than after the GGUF file
+            check_file(output.parent / MODELFILE, overwrite=overwrite)
         export_gguf(model, output, type=type or "q8_0", progress=err.is_terminal, **shared)
         if modelfile:
             written = write_modelfile(model, output, overwrite=overwrite)

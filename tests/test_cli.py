@@ -379,6 +379,9 @@ def test_merge_of_several_adapters_on_own_prompts(trained: Path, tmp_path: Path)
     assert done.exit_code == 0, done.stderr
     report = json.loads((merged / "merge_report.json").read_text())
     assert report["verification"]["prompts"] == 2
+    prompts.write_text('{"prompt": "hello there"}\n{"prompt": 5}\n')
+    wrong = _invoke("merge", adapter, str(tmp_path / "wrong"), "--prompts", str(prompts))
+    assert wrong.exit_code == 2 and "prompts.jsonl, row 2: `prompt` must be" in wrong.stderr
     strict = ["--max-kl", "0", "--min-top1", "1", "--weight", "0.5", "--dtype", "bfloat16"]
     failed = _invoke("merge", adapter, str(tmp_path / "strict"), *strict)
     assert failed.exit_code == 2
@@ -426,6 +429,15 @@ def test_export_of_an_adapter_and_its_errors(trained: Path, tmp_path: Path) -> N
     assert wrong.exit_code == 2 and "Merge first" in wrong.stderr
     missing = _invoke("export", str(tmp_path / "none"), str(tmp_path / "none.gguf"))
     assert missing.exit_code == 2 and missing.stderr.startswith("error: ")
+
+
+def test_a_modelfile_that_is_there_is_found_before_anything_is_written(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "Modelfile").write_text("mine")
+    done = _invoke("export", str(tiny_folder), str(tmp_path / "m.gguf"), "--modelfile")
+    assert done.exit_code == 2 and "Modelfile exists" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["Modelfile"]
 
 
 def test_errors_of_this_library_are_what_the_command_line_catches() -> None:

@@ -215,6 +215,7 @@ def test_unsupported_models_and_types_are_refused(folders, tmp_path):
     for change, match in (
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM cannot be written"),
         ({"hidden_act": "gelu"}, "uses gelu"),
+        ({"model_type": "martian"}, "config of .* cannot be read"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "dynamic",
@@ -226,6 +227,12 @@ def test_unsupported_models_and_types_are_refused(folders, tmp_path):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ExportError, match=match):
             export_gguf(folder, tmp_path / "m.gguf", progress=False)
+    folder = shutil.copytree(folders / "llama", tmp_path / "damaged")
+    (folder / "tokenizer.json").write_text('{"version": "none"}')
+    with pytest.raises(ExportError, match="damaged has no tokenizer that can be loaded"):
+        export_gguf(folder, tmp_path / "m.gguf", progress=False)
+    with pytest.raises(ExportError, match="damaged has no tokenizer that can be loaded"):
+        write_modelfile(folder, tmp_path / "m.gguf")
 
 
 # ------------------------------------------------------------------------- the published file
@@ -503,6 +510,10 @@ def test_modelfile(tiny_tokenizer, tmp_path):
     assert text.count("PARAMETER stop") == 1
     with pytest.raises(ExportError, match="exists"):
         write_modelfile(tmp_path, tmp_path / "m.gguf")
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ExportError, match="generation_config.json cannot be read"):
+        write_modelfile(tmp_path, tmp_path / "m.gguf", overwrite=True)
+    (tmp_path / "generation_config.json").unlink()
     _with_template(tiny_tokenizer, MISTRAL).save_pretrained(tmp_path)
     text = write_modelfile(tmp_path, tmp_path / "m.gguf", overwrite=True).read_text()
     assert "TEMPLATE" not in text

@@ -13,6 +13,7 @@ from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export.checkpoint import CheckpointReader, refuse_foreign_quantisation
 from lora_ogpsa.export.folder import require_space, staged_file
 from lora_ogpsa.export.gguf_vocab import read_vocabulary
+from lora_ogpsa.export.merge import load_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,15 +183,13 @@ def _read(names: GgufNames, reader: CheckpointReader, key: str) -> torch.Tensor:
 
 
 def _open(folder: Path) -> tuple[Any, CheckpointReader]:
-    from transformers import AutoConfig
-
     if not (folder / "config.json").is_file():
         raise ExportError(f"{folder} has no config.json. Pass the folder of a merged model.")
     refuse_foreign_quantisation(folder)
     reader = CheckpointReader(folder)
     if reader.packed:
         raise ExportError(f"{folder} holds 4-bit weights. Merge it first (lora-ogpsa merge).")
-    return AutoConfig.from_pretrained(folder), reader
+    return load_config(folder), reader
 
 
 def _add_hyperparameters(writer: GGUFWriter, config: Any) -> None:

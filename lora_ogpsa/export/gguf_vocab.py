@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export.chat_format import assistant_ending
+from lora_ogpsa.export.model_files import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -92,12 +93,10 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     Raises:
         ExportError: llama.cpp has no counterpart of this tokenizer, or none is known here.
     """
-    from transformers import AutoTokenizer
-
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError, AttributeError) as error:
+    except AttributeError as error:
         raise ExportError(f"{folder} has no tokenizer.json that can be loaded: {error}") from error
     if len(tokenizer) > rows:
         raise ExportError(

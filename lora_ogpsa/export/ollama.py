@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ogpsa.errors import ExportError
 from lora_ogpsa.export.chat_format import read_chat_format
 from lora_ogpsa.export.folder import staged_file
+from lora_ogpsa.export.model_files import load_tokenizer, read_json
 
 if TYPE_CHECKING:
     from lora_ogpsa.export.chat_format import ChatFormat
+
+MODELFILE = "Modelfile"
 
 
 def write_modelfile(
@@ -34,16 +36,14 @@ def write_modelfile(
         The file's path.
 
     Raises:
-        ExportError: The folder has no tokenizer, or the file may not be written.
+        ExportError: The folder has no tokenizer, its generation settings are damaged, or the file
+            may not be written.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     folder, gguf_file = Path(model), Path(gguf_file)
-    output = gguf_file.parent / "Modelfile" if output is None else Path(output)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+    output = gguf_file.parent / MODELFILE if output is None else Path(output)
+    tokenizer = load_tokenizer(folder)
     lines = [f"FROM {_reference(gguf_file, output)}"]
     if adapter is not None:
         lines.append(f"ADAPTER {_reference(Path(adapter), output)}")
@@ -60,7 +60,7 @@ def write_modelfile(
         ]
     parameters = _stops(tokenizer, chat)
     if (folder / "generation_config.json").is_file():
-        settings = GenerationConfig.from_pretrained(folder)
+        settings = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
         if settings.do_sample:
             for key in ("temperature", "top_p", "top_k"):
                 if (value := getattr(settings, key)) is not None:
