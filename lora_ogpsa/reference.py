@@ -335,9 +335,8 @@ class Objective:
             the loss compares with. NaN where the adapter's initialisation changed the base.
         """
         chosen = [i * self.fold + part for part in range(self.fold) for i in indices]
-        batch = _left_padded([self.sequences[i] for i in chosen])
         device = next(model.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = self._batch(chosen, device)
         kind = self.reference.loss
         if kind == "kl":
             base = self._base_log_probs(model, indices, device)
@@ -352,15 +351,14 @@ class Objective:
         losses = self._likelihood(model, batch)
         if not base_is_kept(model):
             return losses, torch.full_like(losses, math.nan)
-        unseen = [i for i in indices if i not in self._base]
-        if unseen:
-            with torch.no_grad(), base_mode(model):
-                found = self._likelihood(model, batch).detach()
-            self._base.update(zip(indices, found, strict=True))
-        base_losses = torch.stack([self._base[i] for i in indices])
+        base_losses = self._base_losses(model, indices, device)
         return losses, losses.detach() - base_losses
 
     # ------------------------------------------------------------------ the losses themselves
+
+    def _batch(self, chosen: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        batch = _left_padded([self.sequences[i] for i in chosen])
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def _likelihood(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return self._token_mean(-self._token_log_probs(model, batch), batch["answer"])
@@ -395,6 +393,20 @@ class Objective:
         logits = model(**inputs).logits
         return logits[:, -keep - 1 : -1].float().log_softmax(-1)
 
+    def _base_losses(
+        self, model: nn.Module, indices: Sequence[int], device: torch.device
+    ) -> Tensor:
+        """The base model's likelihood losses of `indices` [B]; measured once, each alone.
+
+        In a batch they would be rounded by what else is in it, as :meth:`_base_log_probs` says.
+        """
+        for index in indices:
+            if index not in self._base:
+                with torch.no_grad(), base_mode(model):
+                    found = self._likelihood(model, self._batch([index], device))
+                self._base[index] = found[0]
+        return torch.stack([self._base[i] for i in indices])
+
     def _base_log_probs(
         self, model: nn.Module, indices: Sequence[int], device: torch.device
     ) -> Tensor:
@@ -408,10 +420,8 @@ class Objective:
         for index in indices:
             scores = self._base_scores.get(index)
             if scores is None:
-                alone = _left_padded([self.sequences[index]])
-                alone = {name: tensor.to(device) for name, tensor in alone.items()}
                 with torch.no_grad(), base_mode(model):
-                    scores = self._log_probs(model, alone)[0]
+                    scores = self._log_probs(model, self._batch([index], device))[0]
                 size = scores.numel() * scores.element_size()
                 if size <= self._room:
                     self._room -= size

@@ -84,6 +84,19 @@ def test_without_room_the_base_model_is_asked_again(tiny_peft, monkeypatch):
     assert torch.equal(first, again) and not objective._base_scores
 
 
+@pytest.mark.parametrize("loss", ["kl", "sft", "distill"])
+def test_the_excess_does_not_depend_on_what_was_measured_before(tiny_peft, loss):
+    """A resumed run meets the examples in other batches than those that first asked the base."""
+    model = tiny_peft(warm=True).eval()
+    fresh, resumed = (Reference("a", token_rows(6), loss=loss).prepare(model) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fresh.losses(model, [0, 1, 2])
+        fresh.losses(model, [3, 4, 5])
+        _, one = fresh.losses(model, [1, 3, 5])
+        _, other = resumed.losses(model, [1, 3, 5])
+    assert torch.equal(one, other)
+
+
 def test_kl_is_the_divergence_from_the_base(tiny_peft):
     model = tiny_peft(warm=True).eval()
     objective = Reference("a", token_rows(3), loss="kl", first_tokens=None).prepare(model)
