@@ -25,6 +25,9 @@ MAX_INEQUALITIES = 8
 # Elements of the weighted copy of the rows made at a time: it bounds the extra memory of a
 # correction, not its result.
 _CHUNK = 1 << 24
+# Smallest eigenvalue of a Gram matrix of unit rows below which rounding tells in the multipliers:
+# sums of float32 on a CPU are off by up to 1e-5.
+_NEARLY_SINGULAR = 1e-3
 
 
 def solve_equalities(gram: Tensor, residual: Tensor) -> Tensor:
@@ -71,8 +74,7 @@ def solve_inequalities(gram: Tensor, residual: Tensor) -> Tensor:
         )
     q, r = gram.double(), residual.double()
     # Rows may differ by orders of magnitude; in units of their own length they do not.
-    length = q.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    unit = torch.where(length > 0, 1 / length, torch.zeros_like(length))
+    unit = _units(q)
     q = q * unit.unsqueeze(-1) * unit.unsqueeze(-2)
     r = r * unit
     supports = _supports(k, q.device)
@@ -91,6 +93,30 @@ def solve_inequalities(gram: Tensor, residual: Tensor) -> Tensor:
     best = objective.argmin(-1, keepdim=True).unsqueeze(-1)
     chosen = lam.gather(-2, best.expand(*best.shape[:-1], k)).squeeze(-2)
     return chosen * unit
+
+
+def _units(gram: Tensor) -> Tensor:
+    """What brings each row of a Gram matrix [..., k, k] to length one, [..., k]; 0 for no row."""
+    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    return torch.where(length > 0, 1 / length, torch.zeros_like(length))
+
+
+def _nearly_dependent(grams: Tensor) -> list[int]:
+    """Which of some Gram matrices [count, k, k] are of rows that sums in float32 do not tell apart.
+
+    Two nearly opposite rows leave a step little room, and how long their multipliers are depends on
+    what is left where the rows cancel. If that is rounding, a correction can be several times as
+    long as the step. On a GPU no sum in float32 is long (`thin_product`), and the answer would have
+    to be waited for: there it is none.
+    """
+    if grams.device.type == "cuda":
+        return []
+    unit = _units(grams)
+    scaled = grams * unit.unsqueeze(-1) * unit.unsqueeze(-2)
+    scaled += torch.diag_embed((unit == 0).double())
+    # What is not finite would be an error here, and is one where it comes from.
+    smallest = torch.linalg.eigvalsh(scaled.nan_to_num(0.0, 0.0, 0.0))[:, 0]
+    return (smallest < _NEARLY_SINGULAR).nonzero().flatten().tolist()
 
 
 @functools.lru_cache(maxsize=MAX_INEQUALITIES)
@@ -126,7 +152,10 @@ def halfspace_correction(
         delta = step[part].unsqueeze(-1)
         weighted = c if inverse_metric is None else c * inverse_metric[part].unsqueeze(-2)
         gram = thin_product(weighted, c)
-        residual = (c @ delta).squeeze(-1)
+        residual = (c @ delta).squeeze(-1).double()
+        for n in _nearly_dependent(gram):
+            inverse = None if inverse_metric is None else inverse_metric[at + n]
+            gram[n], residual[n], _ = _products(c[n], step[at + n], inverse, torch.float64)
         lam = solve_inequalities(gram, residual - bound[part])
         out[part] = -(weighted.mT @ lam.float().unsqueeze(-1)).squeeze(-1)
     return out
@@ -166,6 +195,8 @@ def budget_correction(
         x - Δ [w], float32.
     """
     gram, change, squared = _products(rows, step, inverse_metric)
+    if _nearly_dependent(gram.unsqueeze(0)):
+        gram, change, squared = _products(rows, step, inverse_metric, torch.float64)
     slack = slack.double()
     overdraft = slack.neg().clamp_min(0)
     # What the correction has to take away, -Cc: to hold, and to recover a share of the rest.
@@ -186,9 +217,15 @@ def budget_correction(
 
 
 def _products(
-    rows: Tensor, step: Tensor, inverse_metric: Tensor | None
+    rows: Tensor,
+    step: Tensor,
+    inverse_metric: Tensor | None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CM⁻¹Cᵀ [k, k], CΔ [k] and ΔᵀMΔ, float64; a tile of columns at a time, never a copy of C."""
+    """CM⁻¹Cᵀ [k, k], CΔ [k] and ΔᵀMΔ, float64; a tile of columns at a time, never a copy of C.
+
+    Within a tile they are summed in `dtype`.
+    """
     k, width = rows.shape
     gram = rows.new_zeros(k, k, dtype=torch.float64)
     residual = rows.new_zeros(k, dtype=torch.float64)
@@ -196,13 +233,13 @@ def _products(
     wide = max(1, tile_elements(rows.device) // k)
     for at in range(0, width, wide):
         part = slice(at, at + wide)
-        c, delta = rows[:, part], step[part]
+        c, delta = rows[:, part].to(dtype), step[part].to(dtype)
         if inverse_metric is None:
             gram += thin_product(c, c)
             squared += delta @ delta
         else:
-            gram += thin_product(c * inverse_metric[part], c)
-            weight = inverse_metric[part]
+            weight = inverse_metric[part].to(dtype)
+            gram += thin_product(c * weight, c)
             # Where the learning rate is zero M is infinite, and nothing moves.
             squared += delta @ torch.where(weight > 0, delta / weight, 0.0)
         residual += c @ delta

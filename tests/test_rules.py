@@ -99,6 +99,37 @@ def test_opposite_rows_pin_the_step_to_both():
     assert abs(row @ x) < 1e-5 * row.norm() * step.norm()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6])
+def test_nearly_opposite_rows_leave_the_exact_step(gap, weighted):
+    """What is left of a row beside the other is far below the rounding of long float32 sums."""
+    width, generator = 200_000, torch.Generator().manual_seed(0)
+    # all positive, so that rounding adds up
+    row = torch.rand(width, generator=generator, dtype=torch.float64) + 0.2
+    row /= row.norm()
+    aside = torch.randn(width, generator=generator, dtype=torch.float64)
+    aside -= (aside @ row) * row
+    aside /= aside.norm()
+    cosine = gap - 1
+    rows = torch.stack([row, cosine * row + (1 - cosine**2) ** 0.5 * aside]).float()
+    step = 1e-3 * torch.randn(width, generator=generator) + (0.1 * (row + aside)).float()
+    weights = torch.rand(width, generator=generator) + 0.2 if weighted else torch.ones(width)
+    wide = rows.double() * weights.double()
+    lam = solve_inequalities(wide @ rows.double().T, rows.double() @ step.double())
+    expected = -(lam @ wide)
+    halfspace = halfspace_correction(
+        torch.stack([rows, rows]),
+        torch.stack([step, step]),
+        torch.stack([weights, weights]) if weighted else None,
+        bound=torch.zeros(2, 2),
+    )
+    budget = budget_correction(
+        rows, step, torch.zeros(2), weights if weighted else None, recovery=1.0, max_correction=1.0
+    )
+    for found in (*halfspace, budget):
+        assert (found.double() - expected).norm() < 2e-4 * step.double().norm()
+
+
 def test_pieces_are_independent():
     rows, step, bound = torch.randn(5, 3, 20), torch.randn(5, 20), torch.zeros(5, 3)
     together = halfspace_correction(rows, step, bound=bound)
