@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_ogpsa.adapters import AdapterSpace
+from lora_ogpsa.optimizers import learning_rate
 from lora_ogpsa.sharding import whole
 
 # Where optimizers keep a float second moment of the gradient's shape: torch's and schedule-free
@@ -113,7 +114,7 @@ class InverseMetric:
 
     def _apply_learning_rates(self, values: Tensor) -> None:
         rates = {
-            id(p): float(group["lr"])
+            id(p): learning_rate(group)
             for group in self.optimizer.param_groups
             for p in group["params"]
         }

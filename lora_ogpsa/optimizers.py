@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ def is_deepspeed(optimizer: Any) -> bool:
     """Whether it is DeepSpeed's, or accelerate's stand-in for one, whose `step` does nothing."""
     kind = type(optimizer)
     return "DeepSpeed" in kind.__name__ or kind.__module__.partition(".")[0] == "deepspeed"
+
+
+def learning_rate(group: Mapping[str, Any]) -> float:
+    """The learning rate of a parameter group; 1 where the optimizer finds its own.
+
+    That of transformers' Adafactor with relative steps, its default, is `None`.
+    """
+    return 1.0 if group["lr"] is None else float(group["lr"])
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -16,6 +16,7 @@ from lora_ogpsa.adapters import AdapterSpace
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.errors import AdapterError, ConfigError, ProjectionError
 from lora_ogpsa.initialisation import base_is_kept
+from lora_ogpsa.optimizers import learning_rate
 from lora_ogpsa.reference import Objective, Reference
 from lora_ogpsa.sharding import whole
 
@@ -167,8 +168,8 @@ def check_movement(space: AdapterSpace, optimizer: Any, step: Tensor) -> bool:
         Whether this step was one to judge by: a zero learning rate or gradient moves nothing.
     """
     # Schedule-free optimizers have a warm-up of their own.
-    rates = [group.get("scheduled_lr", group["lr"]) for group in optimizer.param_groups]
-    if not any(float(rate) > 0 for rate in rates):
+    groups = optimizer.param_groups
+    if not any(float(group.get("scheduled_lr", learning_rate(group))) > 0 for group in groups):
         return False
     grads = [p.grad for p in space.parameters if p.grad is not None]
     if not any(bool(whole(g).any()) for g in grads):

@@ -28,6 +28,8 @@ OPTIMIZERS = {
     "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
     "adafactor": lambda p: Adafactor(p, lr=1e-3, relative_step=False, scale_parameter=False),
+    # Its default: relative steps, and no learning rate in the parameter groups.
+    "adafactor_relative": lambda p: Adafactor(p),
     "adamw8bit": lambda p: bnb.optim.AdamW8bit(p, lr=1e-3, min_8bit_size=64),
     "paged_adamw8bit": lambda p: bnb.optim.PagedAdamW8bit(p, lr=1e-3, min_8bit_size=64),
     "lion": lambda p: bnb.optim.Lion(p, lr=1e-4),
