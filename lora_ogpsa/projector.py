@@ -225,6 +225,8 @@ class OGPSA:
     def _watch_forward(self, module: nn.Module, inputs: Any) -> None:
         """Note the autocast state and the size of training forwards, for reference passes."""
         if module.training and torch.is_grad_enabled():
+            # A step that has not ended by now was interrupted: the next is not one inside it.
+            self._armed = False
             kind = self.space.device.type
             passes = self.estimator.passes
             # Processes that gather weights together have to recompute the same passes.

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import bitsandbytes as bnb
 import pytest
@@ -828,6 +829,33 @@ def test_a_refresh_that_fails_leaves_the_next_step_whole(tiny_peft, monkeypatch)
 
 def _interrupted():
     raise KeyboardInterrupt
+
+
+def test_an_interrupted_step_leaves_the_next_one_whole(tiny_peft):
+    """Ctrl-C in a notebook, whose next cell goes on training."""
+
+    class Interrupted(torch.optim.AdamW):
+        def step(self, closure=None):
+            if self.interrupted:
+                raise KeyboardInterrupt
+            return super().step(closure)
+
+    model = tiny_peft(warm=True)
+    optimizer = Interrupted(adapter_parameters(model), lr=1e-3)
+    config = OGPSAConfig(constraint="halfspace", references_per_refresh=2, penalty=0.5)
+    with OGPSA(model, optimizer, two_references(), config) as ogpsa:
+        for optimizer.interrupted in (False, True):
+            training_step(model, 0)
+            with pytest.raises(KeyboardInterrupt) if optimizer.interrupted else nullcontext():
+                optimizer.step()
+            optimizer.zero_grad()
+        optimizer.interrupted, drawn = False, sum(ogpsa.estimator.drawn)
+        training_step(model, 1)
+        gradient = adapter_parameters(model)[0].grad.clone()
+        optimizer.step()
+        assert sum(ogpsa.estimator.drawn) == drawn + 2
+        assert not torch.equal(adapter_parameters(model)[0].grad, gradient)
+        assert ogpsa.steps == 2
 
 
 def test_the_default_dtype_does_not_matter(tiny_peft):
