@@ -57,8 +57,8 @@ class InverseMetric:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` gave, from among other tensors."""
-        if "metric.own" in tensors:
-            self.own = self.space.zeros().copy_(tensors["metric.own"])
+        own = tensors.get("metric.own")
+        self.own = None if own is None else self.space.zeros().copy_(own)
 
     @torch.no_grad()
     def update(self) -> Tensor:

@@ -102,6 +102,28 @@ def test_plain_loop_state_round_trip(tiny_peft, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("done", [0, 2])
+def test_going_back_to_an_earlier_state_takes_the_same_way_again(tiny_peft, tmp_path, done):
+    """Under an optimizer without second moments, whose metric is an average of OGPSA's own."""
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ogpsa = OGPSA(model, optimizer, references(), CONFIGS["budget"])
+
+    def run(steps):
+        for step in steps:
+            training_step(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return ogpsa.space.read()
+
+    weights = run(range(done))
+    ogpsa.save(tmp_path)
+    first = run(range(done, 4))
+    ogpsa.space.write(weights)
+    ogpsa.load(tmp_path)
+    assert torch.equal(run(range(done, 4)), first)
+
+
 @pytest.fixture
 def saved(tiny_peft, tmp_path):
     model = tiny_peft(warm=True)
