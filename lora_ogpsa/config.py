@@ -16,12 +16,14 @@ Metric = Literal["optimizer", "euclidean"]
 Refresh = Literal["stream", "interval"]
 Rows = Literal["examples", "means"]
 BasisDtype = Literal["float32", "bfloat16", "float16", "int8"]
+PenaltyOf = Literal["means", "latest"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "space": ("update", "gradient"),
     "granularity": ("adapter", "tensor", "global"),
     "constraint": ("budget", "halfspace", "orthogonal"),
     "metric": ("optimizer", "euclidean"),
+    "penalty_of": ("means", "latest"),
     "refresh": ("stream", "interval"),
     "rows": ("examples", "means"),
     "basis_dtype": ("float32", "bfloat16", "float16", "int8"),
@@ -138,6 +140,10 @@ class OGPSAConfig:
             Default: for ``budget`` `SUPERVISED_PENALTY` in steps on a loss of ``labels`` in the
             model's call and 0 in others (``None`` stands for that), else 0. In a stage of DPO
             after SFT it led back to the base model, with every reference well within its budget.
+        penalty_of: what that gradient is: of the decayed mean rows by the references' shares
+            (``"means"``), or the mean over the examples of the last refresh alone (``"latest"``),
+            as in a KL penalty that takes references in turn. The rows vary less; they lag, and pull
+            on when a reference is back.
         restoration: strength in [0, 1] of a step back to the base model's reference losses at
             each refresh (0 is off). The budget constraint has its own (``recovery``).
         restoration_cap: the restoration step is at most this many typical optimizer steps long.
@@ -177,6 +183,7 @@ class OGPSAConfig:
     recovery: float = 1.0
     max_correction: float = 1.0
     penalty: float | None = None
+    penalty_of: PenaltyOf = "means"
     restoration: float = 0.0
     restoration_cap: float = 2.0
     first_token_weight: float | None = None
@@ -234,6 +241,11 @@ class OGPSAConfig:
         weight = self.first_token_weight if likelihood else 0.0
         penalty = self.penalty_on(labels=not preferences)
         return replace(self, first_token_weight=weight, penalty=penalty)
+
+    @property
+    def keeps_latest(self) -> bool:
+        """Whether a penalty is of the latest reference gradient, which is kept for it."""
+        return self.penalty_of == "latest" and self.penalty != 0
 
     @property
     def mean_rows_idle(self) -> bool:

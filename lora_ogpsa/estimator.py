@@ -79,6 +79,8 @@ class Estimator:
         self.excess = torch.zeros(count, dtype=torch.float32, device=space.device)
         #: Which references a refresh has measured since this was last cleared.
         self.measured = torch.zeros(len(self.objectives), dtype=torch.bool, device=space.device)
+        #: Mean gradient [d] of the last refresh's examples, where the penalty is of them.
+        self.latest = space.zeros() if config.keeps_latest else None
         # How much of each mean row is data rather than its initial zero (bias correction).
         self.mass = [0.0] * len(self.objectives)
         self.probes = 0
@@ -116,6 +118,8 @@ class Estimator:
             tensors[f"sketch.{index}"] = sketch.rows
         if self.subspace is not None:
             tensors.update(self.subspace.state_dict())
+        if self.latest is not None:
+            tensors["latest"] = self.latest
         facts = {"mass": self.mass, "probes": self.probes, "drawn": self.drawn}
         return tensors, facts
 
@@ -127,6 +131,8 @@ class Estimator:
             sketch.load_state_dict({"rows": tensors[f"sketch.{index}"]})
         if self.subspace is not None:
             self.subspace.load_state_dict(tensors)
+        if self.latest is not None:
+            self.latest.copy_(tensors["latest"])
         self.mass, self.probes = list(facts["mass"]), int(facts["probes"])
         self.drawn = list(facts["drawn"])
 
@@ -148,8 +154,13 @@ class Estimator:
         else:
             shares = dict(enumerate(_split(count, [o.reference.share for o in self.objectives])))
         self._age_sketches()
+        if self.latest is not None:
+            self.latest.zero_()
+        total = sum(self.objectives[index].reference.share for index in shares)
         for index, share in shares.items():
-            self._gather(index, share, seen)
+            fresh = self._gather(index, share, seen)
+            if self.latest is not None:
+                self.latest.add_(fresh, alpha=self.objectives[index].reference.share / total)
         self._update_basis()
         if self.config.sketches_start_over:
             for sketch in self.sketches or ():
@@ -185,11 +196,14 @@ class Estimator:
             else:
                 sketch.decay(decay)
 
-    def _gather(self, index: int, count: int, seen: Refreshed) -> None:
+    def _gather(self, index: int, count: int, seen: Refreshed) -> Tensor:
         """Fold `count` examples of one objective into its mean row and into the sketches.
 
         In a run of several processes with whole parameters the examples are split over them; all
         end with the same.
+
+        Returns:
+            Their mean gradient [d].
         """
         fresh = self.space.zeros()
         # Under FSDP2 every process takes every example: their passes gather the model's weights
@@ -223,6 +237,7 @@ class Estimator:
         self.means[index].lerp_(fresh.to(self.means.device), share)
         self.excess[index].lerp_(excess, share)
         self.measured[index] = True
+        return fresh
 
     @full_precision()
     def _captured(self, fresh: Tensor) -> Tensor | None:

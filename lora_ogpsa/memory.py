@@ -184,6 +184,7 @@ def ogpsa_bytes(config: OGPSAConfig, references: int, d: int) -> float:
         d: trained parameters.
     """
     vectors, step, sketch, bases = 0 if config.mean_rows_idle else references, 4, 0, 0.0
+    vectors += config.keeps_latest
     if config.constraint == "orthogonal" and not config.offload:
         assert config.rank is not None and config.basis_dtype is not None
         bases = config.rank * d * _BASIS_BYTES[config.basis_dtype]

@@ -324,8 +324,11 @@ class OGPSA:
 
     @full_precision()
     def _penalise(self, optimizer: Any, penalty: float) -> None:
-        """Add the reference losses' mean gradient to the training gradient."""
-        flat = (penalty * self._shares / self._shares.sum()) @ self.estimator.means
+        """Add a gradient of the reference losses to the training gradient."""
+        if self.estimator.latest is None:
+            flat = (penalty * self._shares / self._shares.sum()) @ self.estimator.means
+        else:
+            flat = penalty * self.estimator.latest
         # Under a GradScaler a fused optimizer divides by the scale itself.
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:

@@ -208,6 +208,44 @@ def test_penalty_is_the_mean_reference_gradients_by_their_shares(tiny_peft):
     assert min(acted[1:]) > 0
 
 
+@pytest.mark.parametrize("refresh", ["stream", "interval"])
+def test_penalty_of_the_latest_references_is_their_gradient(tiny_peft, refresh):
+    """In turn, or of all by their shares; not of a mean that lags behind."""
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.5)
+    config = OGPSAConfig(
+        penalty=3.0,
+        penalty_of="latest",
+        budget=1e6,  # which corrects nothing
+        refresh=refresh,
+        refresh_every=1,
+        references_per_refresh=4 if refresh == "stream" else 8,
+        decay=0.9,
+    )
+    references = [token_reference(name, n=4, seed=seed) for name, seed in (("a", 1), ("b", 7))]
+    turns = []
+    with OGPSA(model, optimizer, references, config) as ogpsa:
+
+        def reference_gradient(objective):
+            optimizer.zero_grad()
+            objective.losses(model, range(4))[0].mean().backward()
+            return gradients(ogpsa)
+
+        objectives, last = ogpsa.estimator.objectives, ogpsa.space.zeros()
+        for step in range(5):
+            optimizer.zero_grad()
+            training_step(model, step)
+            trained, before = gradients(ogpsa), ogpsa.space.read()
+            drawn = list(ogpsa.estimator.drawn)
+            optimizer.step()
+            expected = -0.5 * (trained + 3.0 * last)
+            torch.testing.assert_close(ogpsa.space.read() - before, expected, atol=2e-6, rtol=1e-4)
+            turn = [n for n in range(2) if ogpsa.estimator.drawn[n] > drawn[n]]
+            last = sum(reference_gradient(objectives[n]) for n in turn) / len(turn)
+            turns.append(turn)
+    assert turns[:2] == ([[0], [1]] if refresh == "stream" else [[0, 1], [0, 1]])
+
+
 def test_penalty_is_in_the_scale_of_the_gradients(tiny_peft):
     def train(scaler):
         model = tiny_peft(warm=True)

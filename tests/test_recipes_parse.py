@@ -117,6 +117,7 @@ def test_sizes_are_those_of_the_loaded_model(tmp_path: Path, tiny_folder: Path) 
 def test_ogpsa_memory_follows_the_cost_model() -> None:
     d = 1000
     assert ogpsa_bytes(OGPSAConfig(), 2, d) == (2 + 4) * d * 4
+    assert ogpsa_bytes(OGPSAConfig(penalty_of="latest"), 2, d) == (2 + 1 + 4) * d * 4
     rows = {"constraint": "orthogonal", "rank": 8, "sketch_size": 16}
     sketch = 17 * d * 4
     assert ogpsa_bytes(OGPSAConfig(**rows), 2, d) == 8 * d * 2 + sketch

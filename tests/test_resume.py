@@ -19,6 +19,7 @@ from lora_ogpsa.state import STATE_FILE, has_state, load_state, save_state
 
 CONFIGS = {
     "budget": OGPSAConfig(budget=0.0),
+    "latest": OGPSAConfig(penalty=1.0, penalty_of="latest"),
     "orthogonal": OGPSAConfig(
         constraint="orthogonal", rank=4, refresh_every=3, references_per_refresh=4, decay=0.5
     ),

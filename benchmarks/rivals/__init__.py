@@ -61,9 +61,13 @@ class Method:
         settings = dict(self.settings)
         if issubclass(KINDS[self.kind], OgpsaRival):
             settings["settings"] = OGPSAConfig.from_dict(settings.get("settings", {})).to_dict()
+            # What is as it was before it could be set has no part in it, so that cells from before
+            # keep their names.
+            if settings["settings"]["penalty_of"] == "means":
+                del settings["settings"]["penalty_of"]
         if issubclass(KINDS[self.kind], OnContrastAdapter):
             contrast = ContrastConfig(**settings.get("contrast", {})).to_dict()
-            # What is off has no part in it, so that cells from before it existed keep their names.
+            # Nor has what is off.
             settings["contrast"] = {k: v for k, v in contrast.items() if v is not False}
         return {"kind": self.kind, **settings}
 
