@@ -310,7 +310,15 @@ class Objective:
         """
         given = self.reference.loss in ("sft", "dpo")
         content = [(prompt, answer if given else []) for prompt, answer in self.sequences]
-        settings = ("loss", "budget", "share", "first_tokens", "beta")
+        settings = (
+            "loss",
+            "budget",
+            "share",
+            "weight",
+            "first_tokens",
+            "first_tokens_weight",
+            "beta",
+        )
         return {
             "rows": len(self),
             **{name: getattr(self.reference, name) for name in settings},

@@ -168,6 +168,8 @@ def test_other_references_are_refused(tiny_peft, saved):
         ({"loss": "distill"}, "`a.loss` was 'sft' and is 'distill'"),
         ({"budget": 0.4}, "`a.budget` was None and is 0.4"),
         ({"share": 2.0}, "`a.share` was 1.0 and is 2.0"),
+        ({"weight": 2.0}, "`a.weight` was 1.0 and is 2.0"),
+        ({"first_tokens_weight": 0.1}, "`a.first_tokens_weight` was"),
         ({"seed": 9}, "`a.tokens` was"),
     ],
 )
