@@ -8,7 +8,7 @@ from typing import Any
 from lora_ogpsa.compare_settings import check_safety
 from lora_ogpsa.errors import ConfigError, one_line
 from lora_ogpsa.evaluation.measures import check_measure
-from lora_ogpsa.export.empty_model import unquantised_model
+from lora_ogpsa.export.empty_model import empty_model
 from lora_ogpsa.recipe import Recipe
 from lora_ogpsa.stages import training_arguments, with_empty_adapter
 
@@ -38,7 +38,7 @@ def check_adapters(recipe: Recipe, config: Any) -> None:
     """
     contrasts = {recipe.contrast if arm == "ogpsa" else None for arm in recipe.arms}
     for contrast in contrasts:
-        with_empty_adapter(unquantised_model(config), recipe, contrast=contrast)
+        with_empty_adapter(empty_model(config), recipe, contrast=contrast)
 
 
 def check_data(recipe: Recipe, tokenizer: Any | None, here: Here = lambda _: True) -> None:

@@ -88,11 +88,11 @@ def _contrast_alone(recipe: Recipe) -> ContrastConfig | None:
 def _from_config(recipe: Recipe, config: Any) -> ModelSize:
     import torch
 
-    from lora_ogpsa.export.empty_model import unquantised_model
+    from lora_ogpsa.export.empty_model import empty_model
     from lora_ogpsa.models import EMBEDDED
     from lora_ogpsa.stages import with_empty_adapter
 
-    model = unquantised_model(config)
+    model = empty_model(config)
     head = model.get_output_embeddings()
     parameters = sum(p.numel() for p in model.parameters())
     linear = sum(

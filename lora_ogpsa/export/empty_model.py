@@ -15,34 +15,25 @@ if TYPE_CHECKING:
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Builds a causal language model on the meta device: all names and shapes, no memory.
 
+    Its linear layers are plain ones, as they are before they are quantised.
+
     Raises:
         ExportError: transformers has no causal language model for this config.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), trust_remote_code=trust_remote_code
-            )
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ExportError(
             f"transformers cannot build a causal language model of type {config.model_type!r}: "
             f"{one_line(error)}"
         ) from error
-
-
-def unquantised_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The same, its linear layers as they are before they are quantised.
-
-    Raises:
-        ExportError: as `empty_model`.
-    """
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return empty_model(config)
 
 
 def tied_names(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:

@@ -247,7 +247,7 @@ def choose_strategy(
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Loads a model's config, without its quantisation: skeletons are of plain layers.
+    """Loads a model's config.
 
     Raises:
         ExportError: It cannot be read.
@@ -255,12 +255,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and its checks of single values share no base
         raise ExportError(f"the config of {folder} cannot be read: {one_line(error)}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
 
 
 def _applied(adapters: list[AdapterSource]) -> list[str]:
