@@ -13,6 +13,7 @@ from typing import Any
 # At the top, because importing rich draws from Python's random numbers, which a run must not do.
 from rich.console import Console
 from rich.progress import track
+from torch import nn
 
 from lora_ogpsa.fingerprints import fingerprint, require_switch
 from lora_ogpsa.generation import greedy_replies, stop_tokens
@@ -21,6 +22,13 @@ from lora_ogpsa.generation import greedy_replies, stop_tokens
 def base_of(model: Any) -> Any:
     """The transformers model inside a PEFT model, its adapter layers in place; others unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_of(model: Any) -> Any | None:
+    """The part of a language model that gives the hidden states; ``None`` if it names none."""
+    base = base_of(model)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) and decoder is not base else None
 
 
 @contextmanager

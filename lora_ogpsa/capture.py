@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lora_ogpsa.adapters import AdapterSpace
 from lora_ogpsa.errors import CaptureError, ReentrantCheckpointError
+from lora_ogpsa.hooks import uncompiled
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -165,7 +166,8 @@ def quiet(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]:
     """Within the context, passes through `model` leave no trace on training.
 
     Dropout and other train-time behaviour are off; random number generators, train/eval mode of
-    every module and ``requires_grad`` of every parameter are as before afterwards.
+    every module and ``requires_grad`` of every parameter are as before afterwards. Nothing of it is
+    compiled.
 
     Args:
         model: any module.
@@ -183,7 +185,7 @@ def quiet(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]:
             training.append(facts)
         trainable += [(p, p.requires_grad) for p in facts["_parameters"].values() if p is not None]
     devices = sorted({p.device.index for p, _ in trainable if p.is_cuda})
-    with torch.random.fork_rng(devices=devices, enabled=True):
+    with torch.random.fork_rng(devices=devices, enabled=True), uncompiled():
         try:
             for facts in training:
                 # Turning it on sets it on the layer itself; a module's `getattr` would be slow.

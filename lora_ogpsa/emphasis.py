@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ogpsa.answers import base_of
+from lora_ogpsa.answers import base_of, decoder_of
 from lora_ogpsa.chat import IGNORE_INDEX
 from lora_ogpsa.hooks import OwnHook
 
@@ -50,10 +50,15 @@ class FirstTokenEmphasis:
         self._inputs: dict[str, Any] = {}
         self._checked = False
         self._handles: list[Any] = []
-        base = base_of(model)
-        decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-        if not isinstance(decoder, nn.Module) or decoder is base:
-            return  # no language model of transformers: nothing says where its hidden states are
+        decoder = decoder_of(model)
+        if decoder is None:
+            logger.warning(
+                "%s does not say which of its modules gives the hidden states (`get_decoder`), so "
+                "that `first_token_weight` does nothing: harmful prompts and harmless look-alikes "
+                "will be told apart less well. Set `first_token_weight=0` if that is wanted.",
+                type(base_of(model)).__name__,
+            )
+            return
         self._handles = [
             model.register_forward_pre_hook(OwnHook(self._note_labels), with_kwargs=True),
             decoder.register_forward_hook(OwnHook(self._weigh)),

@@ -1,9 +1,13 @@
-"""`OwnHook`: a hook on a model that its copies do not have."""
+"""Hooks on a model: `OwnHook`, which copies do not have, and what compiled code knows of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 
 class OwnHook:
@@ -29,3 +33,27 @@ class OwnHook:
 
 def do_nothing(*args: Any, **kwargs: Any) -> None:
     """What is left of a hook in a copy."""
+
+
+def forget_compiled() -> None:
+    """Have compiled code made anew, to be called where hooks were added or removed.
+
+    What `torch.compile` has made holds the hooks of the time when it was made, and does not look
+    for others.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within the context, compiled code is not used, nor made.
+
+    Code is compiled for one mode of a model, and after a few others, which reference passes would
+    be, no more is made for training either.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

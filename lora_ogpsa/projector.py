@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from lora_ogpsa import safeguards
 from lora_ogpsa.adapters import AdapterSpace
-from lora_ogpsa.answers import base_of
+from lora_ogpsa.answers import base_of, decoder_of
 from lora_ogpsa.arguments import given_config, given_references
 from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.emphasis import FirstTokenEmphasis
 from lora_ogpsa.errors import ConfigError, ProjectionError
 from lora_ogpsa.estimator import Estimator, Refreshed
 from lora_ogpsa.full_precision import full_precision
-from lora_ogpsa.hooks import OwnHook
+from lora_ogpsa.hooks import OwnHook, forget_compiled
 from lora_ogpsa.input_gradients import NoInputGradients
 from lora_ogpsa.metric import InverseMetric
 from lora_ogpsa.optimizers import check_optimizer, unwrap_optimizer
@@ -184,9 +184,10 @@ class OGPSA:
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
-            # An adapted layer, not the model: accelerate's autocast begins inside the model.
-            self.model.get_submodule(self.space.blocks[0].name).register_forward_pre_hook(
-                OwnHook(self._watch_forward)
+            # Not the model itself: accelerate's autocast begins inside it. Nor an adapted layer:
+            # not all tokens, or none, pass through an expert or a vision tower.
+            (decoder_of(self.model) or self._base).register_forward_pre_hook(
+                OwnHook(self._watch_forward), with_kwargs=True
             ),
         ]
         # Where processes gather weights together, every layer's backward belongs to it.
@@ -198,11 +199,14 @@ class OGPSA:
             )
         if self.config.first_token_weight:
             self._handles.append(FirstTokenEmphasis(self.model, self.config.first_token_weight))
+        forget_compiled()
 
     def detach(self) -> None:
         """Remove every hook; model and optimizer are as if OGPSA had never been there."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            forget_compiled()
         self._handles = []
         if _attached.get(self._base, lambda: None)() is self:
             del _attached[self._base]
@@ -222,16 +226,18 @@ class OGPSA:
 
     # ------------------------------------------------------------------ hooks
 
-    def _watch_forward(self, module: nn.Module, inputs: Any) -> None:
+    def _watch_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note the autocast state and the size of training forwards, for reference passes."""
         if module.training and torch.is_grad_enabled():
             # A step that has not ended by now was interrupted: the next is not one inside it.
             self._armed = False
             kind = self.space.device.type
             passes = self.estimator.passes
+            given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            read = next((value for value in given if isinstance(value, Tensor)), None)
             # Processes that gather weights together have to recompute the same passes.
-            if inputs and inputs[0].is_floating_point() and not self.space.sharded:
-                passes.training_tokens = inputs[0].shape[:-1].numel()
+            if read is not None and not self.space.sharded:
+                passes.training_tokens = read.shape[:2].numel()
             cast = passes.autocast
             cast.enabled = torch.is_autocast_enabled(kind)
             cast.dtype = torch.get_autocast_dtype(kind) if cast.enabled else torch.float32

@@ -103,6 +103,17 @@ def test_checkpointed_layers_are_recomputed_unless_the_example_is_short(
     assert layer.training
 
 
+def test_a_pass_compiles_nothing(tiny_peft):
+    """Its modes and lengths would use up the recompilations that training may need."""
+    model = tiny_peft(warm=True)
+    objective = token_reference(n=2, loss="kl").prepare(model)
+    made = []
+    model.compile(backend=lambda graph, _: made.append(graph) or graph.forward)
+    space = AdapterSpace.from_model(model)
+    ReferencePass(model, space, ()).run(objective, [0, 1], space.zeros())
+    assert not made
+
+
 def test_bf16_autocast_is_as_exact_as_separate_passes(tiny_peft):
     """Both are bf16: what counts is that capture is no further from float32 than they are."""
     model = tiny_peft(warm=True)

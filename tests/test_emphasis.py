@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import token_reference
 from torch.nn import functional
-from transformers import TrainerCallback
+from transformers import Llama4ForCausalLM, Llama4TextConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_ogpsa import OGPSA, OGPSACallback, OGPSAConfig
@@ -197,3 +197,37 @@ def test_under_trl_the_gradient_is_that_of_the_mixed_loss(tiny_peft, tiny_tokeni
     callback.attach(trainer)
     trainer.train()
     assert_equal(kept.found, expected)
+
+
+def test_code_compiled_before_has_the_hooks_and_after_has_none(tiny_model, tiny_peft):
+    model = tiny_peft(tiny_model(num_hidden_layers=1), warm=True, target_modules=["q_proj"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    inputs = batch()
+    plain, mixed = (gradients(model, explicit_loss(model, inputs, s)) for s in (0.0, SHARE))
+    compiled = torch.compile(model, backend="eager")
+    assert_equal(gradients(model, compiled(**inputs).loss), plain)
+    config = OGPSAConfig(constraint="halfspace", first_token_weight=SHARE)
+    with OGPSA(model, optimizer, [token_reference()], config):
+        assert_equal(gradients(model, compiled(**inputs).loss), mixed)
+    assert_equal(gradients(model, compiled(**inputs).loss), plain)
+
+
+def test_a_model_that_names_no_decoder_is_reported(tiny_peft, caplog):
+    """Its own name for it is one that transformers does not look under."""
+    text = Llama4TextConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        intermediate_size_mlp=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    model = tiny_peft(Llama4ForCausalLM(text), target_modules=["q_proj"])
+    FirstTokenEmphasis(model, SHARE)
+    assert "Llama4ForCausalLM does not say which of its modules" in caplog.text

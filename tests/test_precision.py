@@ -20,6 +20,12 @@ from peft.optimizers import (
     create_riemannian_optimizer,
 )
 from references import token_reference
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from lora_ogpsa import OGPSA, OGPSAConfig, passes
 from lora_ogpsa.errors import ConfigError, ProjectionError
@@ -119,6 +125,31 @@ def test_optimizers_in_every_precision(tiny_peft, residuals, name, precision):
     assert cast.enabled is (expected is not None)
     assert expected is None or cast.dtype == expected
     assert ogpsa.estimator.passes.training_tokens == 4 * 16
+
+
+def test_the_autocast_of_text_is_seen_beside_an_adapted_vision_tower(tiny_peft):
+    text = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    tower = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    config = LlavaConfig(text_config=text, vision_config=tower, image_token_index=500)
+    model = tiny_peft(LlavaForConditionalGeneration(config), warm=True)
+    _, ogpsa = measured(model, OPTIMIZERS["adamw"](model), "bf16_autocast")
+    passes = ogpsa.estimator.passes
+    assert passes.autocast.enabled and passes.autocast.dtype == torch.bfloat16
+    assert passes.training_tokens == 4 * 16
 
 
 # ------------------------------------------------------------------ adapter types
