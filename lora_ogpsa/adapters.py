@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,8 @@ class AdapterSpace:
         Linear, embedding and convolution layers, DoRA magnitudes and LoRA biases are all found.
 
         Raises:
-            AdapterError: `model` has no LoRA layer, or none of its LoRA parameters is trainable.
+            AdapterError: `model` has no LoRA layer, none of its LoRA parameters is trainable, or
+                two of them are one memory.
 
         Warns:
             UserWarning: trainable parameters lie outside LoRA (`modules_to_save`, token
@@ -130,6 +132,8 @@ class AdapterSpace:
                 "`peft.get_peft_model(model, LoraConfig(target_modules='all-linear'))`."
             )
         by_id = {id(p): name for name, p in model.named_parameters()}
+        # Of a parameter that several layers have a capture would see one layer's part.
+        holders = Counter(id(p) for _, layer in layers for p, _ in _layer_parameters(layer))
         blocks: list[Block] = []
         taken: set[str] = set()
         for name, layer in layers:
@@ -137,7 +141,7 @@ class AdapterSpace:
             for p, capturable in _layer_parameters(layer):
                 qualified = by_id.get(id(p))
                 if qualified is not None and p.requires_grad and qualified not in taken:
-                    found.append((qualified, p, capturable))
+                    found.append((qualified, p, capturable and holders[id(p)] == 1))
                     taken.add(qualified)
             if not found:
                 continue
@@ -155,6 +159,7 @@ class AdapterSpace:
                 "loaded with `is_trainable=True`, and is it the active one "
                 "(`model.set_adapter(name)`)?"
             )
+        _refuse_common_memory({name: model.get_parameter(name) for name in taken})
         unprotected = [
             name for name, p in model.named_parameters() if p.requires_grad and name not in taken
         ]
@@ -287,6 +292,25 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+
+
+def _refuse_common_memory(parameters: Mapping[str, nn.Parameter]) -> None:
+    """What a step does to one parameter must not be done to another as well.
+
+    Raises:
+        AdapterError: two parameters are views of one memory.
+    """
+    places: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        # Sharded parameters have no one place; those on the meta device have none.
+        place = 0 if is_sharded(parameter) else parameter.data_ptr()
+        if place and place in places:
+            raise AdapterError(
+                f"`{name}` and `{places[place]}` are two LoRA parameters of one memory, as PEFT's "
+                "`ensure_weight_tying` makes them of tied embeddings: each would be corrected for "
+                "what was done to both. Set `ensure_weight_tying=False`, or adapt one of the two."
+            )
+        places[place] = name
 
 
 def _layer_parameters(layer: Any) -> list[tuple[nn.Parameter, bool]]:

@@ -21,7 +21,10 @@ from lora_ogpsa.generation import greedy_replies, stop_tokens
 
 def base_of(model: Any) -> Any:
     """The transformers model inside a PEFT model, its adapter layers in place; others unchanged."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    # PEFT's model of mixed adapters has their switch and not that method.
+    return model.base_model.model if hasattr(model, "disable_adapter") else model
 
 
 def decoder_of(model: Any) -> Any | None:

@@ -269,10 +269,11 @@ class Estimator:
         chosen = []
         for position in range(self.drawn[index], self.drawn[index] + count):
             epoch, at = divmod(position, size)
-            generator = torch.Generator().manual_seed(
+            generator = torch.Generator("cpu").manual_seed(
                 (self.config.seed * 1009 + index) * 1_000_003 + epoch
             )
-            chosen.append(int(torch.randperm(size, generator=generator)[at]))
+            order = torch.randperm(size, generator=generator, device="cpu")
+            chosen.append(int(order[at]))
         self.drawn[index] += count
         return chosen
 

@@ -37,7 +37,7 @@ def check_optimizer(optimizer: Any) -> None:
     """Refuse optimizers whose steps cannot be constrained.
 
     Raises:
-        ProjectionError: `optimizer` has no step hooks, or does not step in ``step()``.
+        ProjectionError: `optimizer` has no step hooks, does not step in ``step()``, or maximises.
     """
     name = type(optimizer).__name__
     if is_deepspeed(optimizer):
@@ -58,6 +58,11 @@ def check_optimizer(optimizer: Any) -> None:
         raise ProjectionError(
             f"{name} has no step hooks (it is not a proper `torch.optim.Optimizer`), so its steps "
             "cannot be constrained. Use a torch, transformers or bitsandbytes optimizer."
+        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ProjectionError(
+            f"{name} goes up its gradients (`maximize=True`), and OGPSA adds to them those of "
+            "losses, which are to go down. Train on the negative of what should be maximised."
         )
     if isinstance(optimizer, torch.optim.LBFGS) or name in (
         "LayerWiseDummyOptimizer",

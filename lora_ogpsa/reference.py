@@ -26,6 +26,7 @@ Tokens = tuple[list[int], list[int]]
 _LOSSES = ("kl", "distill", "sft", "dpo")
 _WHOLE = ("first_tokens", "limit", "max_length", "max_new_tokens")
 _DEFAULT_BETA = 0.1
+_CALLED_WITH = ("input_ids", "attention_mask", "use_cache")
 # Host memory that one reference may take to keep what the base model says of its answers.
 _BASE_SCORES_BYTES = 1 << 30
 
@@ -123,15 +124,19 @@ class Reference:
             cache: folder in which the base model's answers are kept.
 
         Raises:
-            DataError: no rows, or rows without the expected fields.
+            DataError: no rows, rows without the expected fields, or with tokens that the model does
+                not know.
             ConfigError: text without a tokenizer, or a model that is no language model.
         """
         _require_language_model(model, self.name)
         rows = self.rows()
         if self.loss == "dpo":
             pairs = [self._encode_pair(row, tokenizer, self._place(n)) for n, row in rows]
-            return Objective(self, [sequence for pair in pairs for sequence in pair], model)
+            encoded = [sequence for pair in pairs for sequence in pair]
+            _require_known_tokens(model, encoded, self.name)
+            return Objective(self, encoded, model)
         encoded = [self._encode(row, tokenizer, self._place(n)) for n, row in rows]
+        _require_known_tokens(model, encoded, self.name)
         if self.loss in ("kl", "distill") and not self._tokenised(rows[0][1]):
             answers = own_answers(
                 model,
@@ -195,8 +200,8 @@ class Reference:
                 "nothing: give it data, or remove it."
             )
         if self.limit is not None and len(chosen) > self.limit:
-            generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(len(chosen), generator=generator).tolist()
+            generator = torch.Generator("cpu").manual_seed(self.seed)
+            order = torch.randperm(len(chosen), generator=generator, device="cpu").tolist()
             chosen = [chosen[i] for i in sorted(order[: self.limit])]
         return [(i + 1, row) for i, row in zip(chosen, data.rows_at(table, chosen), strict=True)]
 
@@ -456,6 +461,14 @@ class Objective:
 def _require_language_model(model: Any, name: str) -> None:
     """Refuse a model whose logits are not of tokens: a classifier has no likelihood to protect."""
     base = base_of(model)
+    accepted = inspect.signature(type(base).forward).parameters
+    missing = [key for key in _CALLED_WITH if key not in accepted]
+    if missing and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        raise ConfigError(
+            f"Reference `{name}` is a loss of a language model that is called as those of "
+            f"transformers are, and the `forward` of {type(base).__name__} does not take "
+            f"{' nor '.join(missing)}."
+        )
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise ConfigError(
             f"Reference `{name}` is a loss on how a prompt goes on, and {type(base).__name__} has "
@@ -467,6 +480,27 @@ def _require_language_model(model: Any, name: str) -> None:
             f"{type(base).__name__} has no language-model head (a reward model or another "
             "classifier). OGPSA protects language models; train this one without it."
         )
+
+
+def _require_known_tokens(model: Any, sequences: Sequence[Tokens], name: str) -> None:
+    """Refuse tokens that have no embedding: of a pass they make an error without a name."""
+    base = base_of(model)
+    if not hasattr(base, "get_input_embeddings"):
+        return
+    embeddings = base.get_input_embeddings()
+    if hasattr(embeddings, "get_base_layer"):  # of an adapter on them
+        embeddings = embeddings.get_base_layer()
+    known = getattr(embeddings, "num_embeddings", None)
+    if known is None:
+        return
+    for prompt, answer in sequences:
+        odd = next((token for token in (*prompt, *answer) if not 0 <= token < known), None)
+        if odd is not None:
+            raise DataError(
+                f"Reference `{name}` has the token {odd}, and the model has {known} embeddings. Is "
+                "the tokenizer another model's, or were tokens added to it without "
+                "`model.resize_token_embeddings(len(tokenizer))`?"
+            )
 
 
 def split_ids(row: Mapping[str, Any], max_length: int, place: str) -> Tokens:
@@ -539,4 +573,4 @@ def _left_padded(sequences: Sequence[Tokens]) -> dict[str, Tensor]:
         columns["attention_mask"].append([0] * pad + [1] * (width - pad))
         columns["labels"].append([0] * (keep - len(answer)) + answer)
         columns["answer"].append([0] * (keep - len(answer)) + [1] * len(answer))
-    return {name: torch.tensor(rows) for name, rows in columns.items()}
+    return {name: torch.tensor(rows, device="cpu") for name, rows in columns.items()}

@@ -24,12 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_model(model: Any) -> None:
-    """The model must be PEFT's own, whose adapters can be switched off: the base is measured so.
+    """The model must be PEFT's own with LoRA in it, to be switched off: the base is measured so.
 
     Raises:
         AdapterError: it is not.
     """
     if hasattr(model, "disable_adapter"):
+        _check_adapters(model)
         return
     kind = type(model).__name__
     if hasattr(model, "module"):
@@ -43,6 +44,25 @@ def check_model(model: Any) -> None:
             "(`model.add_adapter`, `inject_adapter_in_model`) are not supported."
         )
     raise AdapterError(f"OGPSA needs a `PeftModel`. Found `{kind}`. {way_out}")
+
+
+def _check_adapters(model: Any) -> None:
+    from peft import PeftType
+    from peft.tuners.lora import LoraLayer
+
+    # To PEFT the layers of AdaLoRA are LoRA layers; it takes ranks away after a step.
+    kinds = {name: model.peft_config[name].peft_type for name in model.active_adapters}
+    if PeftType.LORA not in kinds.values():
+        found = ", ".join(f"`{name}` ({kind.value})" for name, kind in kinds.items()) or "none"
+        raise AdapterError(
+            "OGPSA protects LoRA adapters (`peft.LoraConfig`), and no active adapter of the model "
+            f"is one. Found: {found}."
+        )
+    if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
+        raise AdapterError(
+            "The adapter is merged into the base weights, where it does not train. Call "
+            "`model.unmerge_adapter()` first."
+        )
 
 
 def refuse_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

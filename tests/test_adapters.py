@@ -95,6 +95,13 @@ def test_nothing_trainable_is_an_error(tiny_peft):
         AdapterSpace.from_model(model)
 
 
+def test_parameters_of_one_memory_are_refused(tiny_model, tiny_peft):
+    tied = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    model = tiny_peft(tiny_model(tie_word_embeddings=True), **tied)
+    with pytest.raises(AdapterError, match=r"lora_embedding_.* of one memory.*Set `ensure_weight"):
+        AdapterSpace.from_model(model)
+
+
 def test_unprotected_parameters_are_named(tiny_peft):
     model = tiny_peft(modules_to_save=["lm_head"], target_modules=["q_proj"])
     with pytest.warns(UserWarning, match=r"not protected.*lm_head"):

@@ -339,6 +339,14 @@ def test_weights_read_past_their_modules_are_not_lost(tiny_peft):
         torch.testing.assert_close(rows, single, rtol=1e-3, atol=1e-6)
 
 
+def test_a_parameter_of_two_layers_has_the_gradient_of_both(tiny_peft):
+    model = tiny_peft(warm=True, target_modules=["q_proj"])
+    first, second = (layer.self_attn.q_proj for layer in model.get_base_model().model.layers)
+    second.lora_A["default"].weight = first.lora_A["default"].weight
+    captured, separate = per_example(model, token_reference(n=N).prepare(model))
+    torch.testing.assert_close(captured.sum(0), separate.sum(0), rtol=1e-4, atol=1e-6)
+
+
 def test_experts_adapted_as_parameters_have_gradients():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

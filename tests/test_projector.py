@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import schedulefree
 import torch
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, get_peft_model
 from references import token_reference, training_step
 from transformers.optimization import Adafactor
 
@@ -714,6 +714,43 @@ def test_weights_too_coarse_for_exact_steps_are_warned_of(tiny_peft, caplog, dty
     optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
     OGPSA(model, optimizer, two_references())
     assert ("LoRA weights are torch.bfloat16" in caplog.text) is (dtype == torch.bfloat16)
+
+
+def test_adapters_that_are_not_lora_are_refused_by_name(tiny_model):
+    for config in (AdaLoraConfig(total_step=9), LoHaConfig()):
+        config.target_modules = ["q_proj"]
+        model = get_peft_model(tiny_model(), config)
+        optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+        kind = config.peft_type.value
+        with pytest.raises(AdapterError, match=rf"protects LoRA .*`default` \({kind}\)"):
+            OGPSA(model, optimizer, [token_reference()])
+
+
+def test_a_merged_adapter_is_refused(tiny_peft):
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="is merged into the base.*unmerge_adapter"):
+        OGPSA(model, optimizer, [token_reference()])
+
+
+def test_an_optimizer_that_maximises_is_refused(tiny_peft):
+    """The penalty would push the references away."""
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.AdamW(adapter_parameters(model), maximize=True)
+    with pytest.raises(ProjectionError, match="AdamW goes up its gradients"):
+        OGPSA(model, optimizer, two_references())
+
+
+def test_the_default_device_does_not_matter(tiny_peft):
+    """As in a notebook that begins with `torch.set_default_device("cuda")`."""
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.01)
+    references = two_references(loss="kl", limit=4)
+    training_step(model, 0)
+    with torch.device("meta"), OGPSA(model, optimizer, references) as ogpsa:
+        optimizer.step()
+    assert torch.isfinite(ogpsa.estimator.means).all()
 
 
 def test_closure_is_refused(tiny_peft):

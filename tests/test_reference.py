@@ -6,7 +6,8 @@ import json
 import datasets
 import pytest
 import torch
-from references import data_folder, token_rows
+from peft import LoraConfig, get_peft_model
+from references import data_folder, token_reference, token_rows
 from torch.nn import functional
 
 from lora_ogpsa import Reference, default_references
@@ -181,6 +182,44 @@ def test_sft_without_an_answer_is_refused_with_a_way_out(tiny_peft, tiny_tokeniz
     message = r"`a`, row 2: .*needs rows with an answer.*\['prompt'\].*kl"
     with pytest.raises(DataError, match=message):
         Reference("a", rows, loss="sft").prepare(tiny_peft(), tiny_tokenizer)
+
+
+@pytest.mark.parametrize("adapted", ["q_proj", "embed_tokens"])
+@pytest.mark.parametrize("token", [512, -100])
+def test_tokens_without_an_embedding_are_refused(tiny_peft, adapted, token):
+    rows = [{"input_ids": [5, 511, 7], "labels": [-100, 511, 7]}]
+    model = tiny_peft(target_modules=[adapted])
+    Reference("a", rows, loss="sft").prepare(model)
+    rows[0]["input_ids"][0] = token
+    with pytest.raises(DataError, match=f"`a` has the token {token}, and the model has 512"):
+        Reference("a", rows, loss="sft").prepare(model)
+
+
+class _Bare(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(512, 8)
+        self.head = torch.nn.Linear(8, 512)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.embed(input_ids))
+
+
+def test_a_model_that_cannot_be_called_as_a_language_model_is_refused():
+    model = get_peft_model(_Bare(), LoraConfig(target_modules=["head"]))
+    with pytest.raises(ConfigError, match="`forward` of _Bare does not take use_cache"):
+        token_reference().prepare(model)
+
+
+def test_a_model_of_mixed_adapters_is_called_with_positions(tiny_model):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]), mixed=True)
+    seen = []
+    model.base_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    objective = token_reference(n=2).prepare(model)
+    objective.losses(model, [0, 1])
+    assert {"position_ids", "logits_to_keep"} <= seen[0].keys()
 
 
 @pytest.mark.parametrize("field", ["labels", "attention_mask"])
