@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +112,14 @@ class Reference:
                 f"Reference `{self.name}`: `first_tokens_weight` should be in [0, 1]. Found "
                 f"{self.first_tokens_weight!r}."
             )
+
+    def __repr__(self) -> str:
+        """As of any dataclass, but of rows in memory the number: they may be long, or private."""
+        shown = {field.name: repr(getattr(self, field.name)) for field in fields(self)}
+        if not isinstance(self.data, str | Path):
+            number = f"{len(self.data)} rows" if hasattr(self.data, "__len__") else "rows"
+            shown["data"] = f"<{type(self.data).__name__} of {number}>"
+        return f"Reference({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def prepare(
         self, model: nn.Module, tokenizer: Any = None, *, cache: Path | None = None

@@ -393,6 +393,13 @@ def test_settings_are_checked_by_name(values, named):
         Reference("r", [], **values)
 
 
+def test_rows_in_memory_are_not_printed():
+    shown = repr(Reference("a", [{"prompt": "private"}], share=2.0))
+    assert shown.startswith("Reference(name='a', data=<list of 1 rows>, loss='kl', ")
+    assert "share=2.0" in shown and "private" not in shown
+    assert "data='embedded:harmless'" in repr(Reference("b"))
+
+
 def test_default_references_are_the_embedded_prompts(tiny_peft, tiny_tokenizer):
     references = default_references()
     assert [r.name for r in references] == ["general", "general_first", "lookalike"]
