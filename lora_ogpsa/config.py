@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from lora_ogpsa.errors import ConfigError
@@ -188,12 +188,14 @@ class OGPSAConfig:
     restoration_cap: float = 2.0
     first_token_weight: float | None = None
     seed: int = 0
+    # What was filled in and not given; `dataclasses.replace` hands it on.
+    _filled: tuple[tuple[str, Any], ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Apply the preset, fill in what depends on other fields, and check everything."""
         if self.preset is not None:
             self._apply_preset()
-        self._resolve()
+        self._fill_in()
         self._check_ranges()
         self._check_contradictions()
 
@@ -206,7 +208,7 @@ class OGPSAConfig:
         Raises:
             ConfigError: an unknown key (the nearest known one is suggested) or a bad value.
         """
-        known = [f.name for f in fields(cls)]
+        known = [f.name for f in fields(cls) if not f.name.startswith("_")]
         for key in values:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
@@ -220,6 +222,7 @@ class OGPSAConfig:
     def to_dict(self) -> dict[str, Any]:
         """The resolved settings as JSON values; :meth:`from_dict` restores an equal config."""
         values = asdict(self)
+        del values["_filled"]
         values["early_refreshes"] = list(self.early_refreshes)
         return values
 
@@ -292,6 +295,30 @@ class OGPSAConfig:
         for name, value in suggested.items():
             if getattr(self, name) == defaults[name]:
                 self._set(name, value)
+
+    def _fill_in(self) -> None:
+        """Resolve what was not given.
+
+        Raises:
+            ConfigError: in a copy by `dataclasses.replace`, which is given all values, some were
+                filled in before and would be others now.
+        """
+        before = dict(self._filled)
+        for name, value in before.items():
+            if getattr(self, name) == value:
+                self._set(name, None)
+        missing = [f.name for f in fields(self) if getattr(self, f.name) is None]
+        self._resolve()
+        filled = {name: getattr(self, name) for name in missing if getattr(self, name) is not None}
+        self._set("_filled", tuple(filled.items()))
+        stale = {n: v for n, v in before.items() if n in filled and filled[n] != v}
+        if stale:
+            kept = ", ".join(f"`{n}={v!r}` (now {filled[n]!r})" for n, v in stale.items())
+            raise ConfigError(
+                "`dataclasses.replace` gives a copy what was filled in, too, and with the new "
+                f"settings that would be something else: {kept}. Make a new `OGPSAConfig(...)` of "
+                "what you want to give."
+            )
 
     def _resolve(self) -> None:
         for name, allowed in _CHOICES.items():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from lora_ogpsa import OGPSAConfig
@@ -66,6 +68,19 @@ def test_paper_preset_leaves_the_usual_rank_and_precision_to_who_asks_for_them()
 )
 def test_round_trip_through_a_dictionary(config):
     assert OGPSAConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_replaced_field_takes_none_along_that_was_filled_in_for_another_value():
+    usual = OGPSAConfig()
+    assert replace(usual, budget=0.1) == OGPSAConfig(budget=0.1)
+    assert replace(usual, rank=4, sketch_size=12) == OGPSAConfig(rank=4, sketch_size=12)
+    # Twice replaced: what was given the first time stays.
+    halfspace = OGPSAConfig(constraint="halfspace", granularity="global")
+    assert replace(replace(halfspace, seed=1), seed=0) == halfspace
+    with pytest.raises(ConfigError, match=r"`granularity='global'` \(now 'adapter'\).*`OGPSAC"):
+        replace(usual, constraint="halfspace")
+    with pytest.raises(ConfigError, match="`sketch_size=16`"):
+        replace(usual, rank=16)
 
 
 def test_unknown_key_suggests_the_nearest():
