@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_ogpsa.errors import AdapterError
+from lora_ogpsa.initialisation import base_is_kept
 
 
 @contextmanager
@@ -29,7 +30,8 @@ def at_strength(model: Any, strength: float) -> Iterator[None]:
 
     Raises:
         AdapterError: the model has no LoRA layer, its adapter is merged or more than products BA
-            (DoRA, wholly trained modules), or `strength` is not a positive number.
+            (DoRA, wholly trained modules, PiSSA, trained biases), or `strength` is not a positive
+            number.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -55,6 +57,12 @@ def at_strength(model: Any, strength: float) -> Iterator[None]:
             "Only of adapters that add BA to weights can the strength be set. This one is a "
             "variant of LoRA (such as DoRA) or trained whole modules or tokens too: merge it with "
             "`--weight`, and evaluate the merged model."
+        )
+    if not base_is_kept(model):
+        raise AdapterError(
+            "The adapter's `init_lora_weights` (PiSSA, OLoRA, CorDA, LoftQ...) or `bias` changed "
+            "the base weights too, so that BA is not its change, and the change has no strength "
+            "that could be set."
         )
     before = [dict(layer.scaling) for layer in layers]
     try:

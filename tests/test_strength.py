@@ -69,6 +69,8 @@ def test_what_has_no_strength_is_refused(
         (merged, "unmerge_adapter"),
         (tiny_peft(use_dora=True), "variant"),
         (tiny_peft(modules_to_save=["lm_head"]), "whole modules"),
+        (tiny_peft(init_lora_weights="pissa"), "BA is not its change"),
+        (tiny_peft(tiny_model(attention_bias=True), bias="lora_only"), "BA is not its change"),
     ):
         with pytest.raises(AdapterError, match=message), at_strength(model, 2.0):
             pass
