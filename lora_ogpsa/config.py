@@ -96,7 +96,8 @@ class OGPSAConfig:
             ``budget`` (a loss is one number for the whole model), else adapter.
         metric: the inner product in which the correction is smallest: ``"optimizer"`` weighs
             each coordinate with :math:`\sqrt{\hat v} + \delta`, Adam's own; ``"euclidean"``
-            weighs all alike. Default: optimizer in update space, euclidean in gradient space.
+            weighs all alike that has a learning rate. Default: optimizer in update space, euclidean
+            in gradient space.
         metric_damping: :math:`\delta` as a share of the root mean square of
             :math:`\sqrt{\hat v}`.
         refresh: ``"stream"`` takes one small reference micro-batch at every refresh, references

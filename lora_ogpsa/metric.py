@@ -113,13 +113,31 @@ class InverseMetric:
                 view.add_(whole(parameter.grad).float().square(), alpha=1 - _OWN_DECAY)
 
     def _apply_learning_rates(self, values: Tensor) -> None:
-        rates = {
-            id(p): learning_rate(group)
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-        }
-        own = [rates[id(p)] for p in self.space.parameters]
+        own = _learning_rates(self.space, self.optimizer)
         highest = max(own)
         if highest > 0 and min(own) != highest:
             for view, rate in zip(self.space.views(values), own, strict=True):
                 view.mul_(rate / highest)
+
+
+def euclidean(space: AdapterSpace, optimizer: Any) -> Tensor | None:
+    """The diagonal of M⁻¹ [d] that weighs alike all that moves, and leaves alone what does not.
+
+    Returns:
+        1, or 0 where a learning rate is 0 and another is not; ``None`` if that is so nowhere.
+    """
+    rates = _learning_rates(space, optimizer)
+    if all(rates) or not any(rates):
+        return None
+    values = space.zeros()
+    for view, rate in zip(space.views(values), rates, strict=True):
+        view.fill_(float(rate > 0))
+    return values
+
+
+def _learning_rates(space: AdapterSpace, optimizer: Any) -> list[float]:
+    """That of each parameter."""
+    rates = {
+        id(p): learning_rate(group) for group in optimizer.param_groups for p in group["params"]
+    }
+    return [rates[id(p)] for p in space.parameters]

@@ -23,7 +23,7 @@ from lora_ogpsa.estimator import Estimator, Refreshed
 from lora_ogpsa.full_precision import full_precision
 from lora_ogpsa.hooks import OwnHook, forget_compiled
 from lora_ogpsa.input_gradients import NoInputGradients
-from lora_ogpsa.metric import InverseMetric
+from lora_ogpsa.metric import InverseMetric, euclidean
 from lora_ogpsa.optimizers import check_optimizer, unwrap_optimizer
 from lora_ogpsa.processes import first_process_first
 from lora_ogpsa.quantised import keep_differentiable
@@ -370,7 +370,11 @@ class OGPSA:
             now = [p.float() for p in now]
         torch._foreach_sub_(views, now)
         step = flat.neg_()
-        weights = self.metric.update() if self.metric is not None else None
+        weights: Tensor | None
+        if self.metric is not None:
+            weights = self.metric.update()
+        else:
+            weights = euclidean(self.space, self.optimizer)
         if not self._moved:
             self._moved = safeguards.check_movement(self.space, self.optimizer, step)
         length = step.norm()
@@ -429,7 +433,10 @@ class OGPSA:
     @full_precision()
     def _restore(self) -> None:
         """A step back towards the base model's reference losses (docs/method.md)."""
-        weights = self.metric.latest if self.metric is not None else None
+        if self.metric is not None:
+            weights = self.metric.latest
+        else:
+            weights = euclidean(self.space, self.optimizer)
         excess = self.estimator.excess.clamp_min(0) * self.config.restoration
         back = restoration_step(self.estimator.means, excess, weights)
         limit = self.config.restoration_cap * self._typical

@@ -539,7 +539,8 @@ def test_metric_knows_different_learning_rates(tiny_peft):
             torch.testing.assert_close(values[start:end], equal[start:end] * factor)
 
 
-def test_a_group_without_a_learning_rate_stays_and_the_others_are_held(tiny_peft):
+@pytest.mark.parametrize("metric", ["optimizer", "euclidean"])
+def test_a_group_without_a_learning_rate_stays_and_the_others_are_held(tiny_peft, metric):
     model = tiny_peft(warm=True)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     still = {n: p.detach().clone() for n, p in named if "lora_A" in n}
@@ -549,7 +550,8 @@ def test_a_group_without_a_learning_rate_stays_and_the_others_are_held(tiny_peft
             {"params": [p for n, p in named if "lora_B" in n], "lr": 1e-2},
         ]
     )
-    with OGPSA(model, optimizer, two_references(), OGPSAConfig(budget=0.0)) as ogpsa:
+    config = OGPSAConfig(budget=0.0, metric=metric)
+    with OGPSA(model, optimizer, two_references(), config) as ogpsa:
         for step in range(3):
             training_step(model, step)
             before = ogpsa.space.read()
