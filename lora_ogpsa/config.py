@@ -190,7 +190,7 @@ class OGPSAConfig:
     first_token_weight: float | None = None
     seed: int = 0
     # What was filled in and not given; `dataclasses.replace` hands it on.
-    _filled: tuple[tuple[str, Any], ...] = field(default=(), repr=False, compare=False)
+    _filled: Any = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Apply the preset, fill in what depends on other fields, and check everything."""
