@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -518,6 +519,20 @@ def test_modelfile(tiny_tokenizer, tmp_path):
     text = write_modelfile(tmp_path, tmp_path / "m.gguf", overwrite=True).read_text()
     assert "TEMPLATE" not in text
     assert "stored in the GGUF file" in text
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_modelfile_has_the_generation_settings_by_ollamas_names(
+    tiny_tokenizer, tmp_path, sampled
+):
+    _with_template(tiny_tokenizer, SMOLLM).save_pretrained(tmp_path)
+    settings = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.05}
+    given = {"do_sample": sampled, "repetition_penalty": 1.05, **settings}
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    text = write_modelfile(tmp_path, tmp_path / "m.gguf").read_text()
+    found = dict(re.findall(r"^PARAMETER (?!stop)(\w+) (.*)$", text, re.MULTILINE))
+    wanted = {**(settings if sampled else {}), "repeat_penalty": 1.05}
+    assert {name: float(value) for name, value in found.items()} == wanted
 
 
 def test_go_template_renders_what_the_chat_template_renders(tiny_tokenizer):

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from lora_ogpsa.export.chat_format import ChatFormat
 
 MODELFILE = "Modelfile"
+# Ollama's parameters by what transformers calls them: of sampling, and of any generation.
+_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+_ALWAYS = {"repetition_penalty": "repeat_penalty"}
 
 
 def write_modelfile(
@@ -61,10 +64,9 @@ def write_modelfile(
     parameters = _stops(tokenizer, chat)
     if (folder / "generation_config.json").is_file():
         settings = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
-        if settings.do_sample:
-            for key in ("temperature", "top_p", "top_k"):
-                if (value := getattr(settings, key)) is not None:
-                    parameters.append(f"PARAMETER {key} {value}")
+        for key, parameter in {**(_SAMPLING if settings.do_sample else {}), **_ALWAYS}.items():
+            if (value := getattr(settings, key)) is not None:
+                parameters.append(f"PARAMETER {parameter} {value}")
     text = "\n".join([*lines, *([""] if parameters else []), *parameters]) + "\n"
     with staged_file(output, overwrite=overwrite) as stage:
         stage.write_text(text, encoding="utf-8")
