@@ -224,7 +224,7 @@ def evaluate(
     from lora_ogpsa.quiet import quiet_libraries
 
     quiet_libraries()
-    from lora_ogpsa.console import out
+    from lora_ogpsa.console import out, say
     from lora_ogpsa.evaluation.result import check_result_file
     from lora_ogpsa.measure import measure_model
     from lora_ogpsa.results import results_table
@@ -237,6 +237,9 @@ def evaluate(
     if output is not None:
         list(columns.values())[-1].save(output)
     out.print(results_table(columns))
+    for heading, result in columns.items():
+        for note in result.notes:
+            say(f"{heading}: {note}")
 
 
 app.command()(cli_export.merge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from lora_ogpsa.models import EMBEDDED, checked_source, load_model
 from lora_ogpsa.recipe import Recipe, load_recipe
 from lora_ogpsa.stages import cpu_computes_bfloat16, with_adapter
 from lora_ogpsa.strength import at_strength
+
+BASE = "base"  # heading of the base model's column
 
 
 def _limited(suite: EvaluationSuite, limit: int) -> EvaluationSuite:
@@ -89,13 +92,13 @@ def measure_model(
     )
     _resize(model, adapter)
     model = with_adapter(model, adapter, trainable=False)
-    heading = Path(name).name
+    heading = _heading(name)
     columns = {}
     # Beforehand, so that a wrong weight is known before hours of evaluation.
     for weight in weights:
         with at_strength(model, weight):
             pass
-    columns["base"] = evaluate_model(model, tokenizer, suite, base=True)
+    columns[BASE] = evaluate_model(model, tokenizer, suite, base=True)
     for weight in weights:
         with at_strength(model, weight):
             columns[f"{heading} x {weight:g}"] = evaluate_model(model, tokenizer, suite)
@@ -131,6 +134,12 @@ def _adapter_folder(name: str) -> Path | None:
         return adapter_folder(name)
     except (OSError, ValueError, ExportError):  # also what the hub's client raises of odd names
         return None  # loading the model says what is wrong
+
+
+def _heading(name: str) -> str:
+    """What the column of an adapter is called: the folder's name, but never as its base's is."""
+    found = Path(os.path.abspath(name)).name
+    return f"adapter {found}" if found == BASE else found
 
 
 def _resize(model: Any, adapter: Path) -> None:

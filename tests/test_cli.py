@@ -338,6 +338,8 @@ def test_evaluate_a_plain_model_and_a_missing_one(tiny_folder: Path, tmp_path: P
     done = _invoke("evaluate", str(tiny_folder), "--limit", "1")
     assert done.exit_code == 0, done.stderr
     assert "harmful refused" in done.stdout and "KL" not in done.stdout
+    # What an evaluation notes about its numbers, such as answers that a judge left out.
+    assert f"{tiny_folder}: divergence: left out, since" in done.stderr
     no_adapter = _invoke("evaluate", str(tiny_folder), "--weight", "2")
     assert no_adapter.exit_code == 2 and "no adapter folder" in no_adapter.stderr
     missing = _invoke("evaluate", str(tmp_path / "none"))

@@ -57,6 +57,19 @@ def test_the_bases_tokenizer_beside_the_adapter_changes_nothing(
         assert result.samples == alone[heading].samples
 
 
+def test_no_name_of_an_adapters_folder_hides_its_base(
+    saved: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = measure_model(str(saved()), recipe=recipe)
+    folder = saved().rename(recipe.parent / "base")
+    monkeypatch.chdir(folder)
+    for name in (str(folder), "."):
+        found = measure_model(name, recipe=recipe)
+        assert list(found) == ["base", "adapter base"]
+        assert found["base"].items == expected["base"].items
+        assert found["adapter base"].items == expected["adapter"].items
+
+
 def test_all_that_is_measured_is_there_before_anything_is(
     saved: Any, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
