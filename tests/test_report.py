@@ -185,7 +185,7 @@ def _write_run(folder: Path, *, logs: bool = True, **evaluations: Any) -> Path:
     """A run's folder as `lora-ogpsa run` leaves it, without a model."""
     raw = tiny_recipe(folder, Path("model"), compare=True, ogpsa={"budget": 0.1})
     out = folder / "out"
-    out.mkdir()
+    (out / "runs").mkdir(parents=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(raw))
     for name, result in evaluations.items():
         result.save(out / "evaluations" / f"{name.replace('_', '-')}.json")
@@ -341,6 +341,31 @@ def test_the_command_writes_it_again_and_says_where_it_cannot(
     (tmp_path / "compare.yaml").write_text("{}")
     with pytest.raises(DataError, match="no part is finished"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [b"max_steps: [1", b"\xff\xfe"])
+def test_a_damaged_recipe_is_named_in_a_line(tmp_path: Path, damaged: bytes) -> None:
+    run = _write_run(tmp_path, base=BASE)
+    (run / "recipe.yaml").write_bytes(damaged)
+    comparison = tmp_path / "comparison"
+    comparison.mkdir()
+    (comparison / "compare.yaml").write_bytes(damaged)
+    (comparison / "compare.json").write_text('{"rules": {}}')
+    for folder, file in ((run, "recipe.yaml"), (comparison, "compare.yaml")):
+        done = CliRunner().invoke(app, ["report", str(folder)])
+        line = done.stderr.strip()
+        assert done.exit_code == 2 and line.startswith(f"error: {folder / file}"), line
+        assert "\n" not in line
+
+
+def test_a_folder_with_a_recipe_alone_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(tmp_path, Path("model"))))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/mine.png").write_text("precious")
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 2 and "is not the output folder of" in done.stderr
+    assert (tmp_path / "figures/mine.png").read_text() == "precious"
+    assert not (tmp_path / "report.html").exists()
 
 
 # ------------------------------------------------------------------------------- what it is made of

@@ -10,6 +10,8 @@ from lora_ogpsa.errors import DataError
 HTML_FILE, MARKDOWN_FILE, FIGURES_FOLDER = "report.html", "report.md", "figures"
 #: What a report consists of, in the folder of its run.
 REPORT_FILES = (HTML_FILE, MARKDOWN_FILE, FIGURES_FOLDER)
+# Of these a run has one at least; a recipe alone may lie in any folder of the user's.
+_RUN = ("results.json", "evaluations", "runs")
 
 
 def write_report(folder: Path) -> Path:
@@ -33,12 +35,12 @@ def write_report(folder: Path) -> Path:
 
     if (folder / "compare.yaml").is_file():
         report = read_compare(folder, folder / "compare.yaml")
-    elif (folder / "recipe.yaml").is_file():
+    elif (folder / "recipe.yaml").is_file() and any((folder / name).exists() for name in _RUN):
         report = read_run(folder, folder / "recipe.yaml")
     else:
         raise DataError(
             f"{folder} is not the output folder of `lora-ogpsa run` or `lora-ogpsa compare`: it "
-            "holds neither a recipe.yaml nor a compare.yaml."
+            "holds neither a compare.yaml nor a recipe.yaml with results beside it."
         )
     parts = gather(report)
     figures = folder / FIGURES_FOLDER

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lora_ogpsa.compare_settings import PLAIN
 from lora_ogpsa.compare_table import caption, columns, sections, seed_rows
 from lora_ogpsa.errors import DataError
 from lora_ogpsa.evaluation import EvaluationResult
 from lora_ogpsa.export.model_files import read_json
-from lora_ogpsa.recipe import parse_recipe
+from lora_ogpsa.recipe import load_recipe
 from lora_ogpsa.report.costs import stage_seconds
 from lora_ogpsa.report.from_run import AGAIN, about, stage_records
 from lora_ogpsa.report.model import Arm, PathPoint, Report, Value
@@ -37,7 +35,7 @@ def read_compare(folder: Path, recipe_file: Path) -> Report:
             "lora-ogpsa compare RECIPE --resume."
         )
     content = read_json(path, AGAIN)
-    recipe = parse_recipe(yaml.safe_load(recipe_file.read_text(encoding="utf-8")), str(recipe_file))
+    recipe = load_recipe(recipe_file)
     base_file = folder / "evaluations" / "base.json"
     base = EvaluationResult.load(base_file) if base_file.is_file() else None
     names = [stage.name for stage in recipe.stages]

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lora_ogpsa.compare_settings import PLAIN
 from lora_ogpsa.compare_summary import safety_measure
 from lora_ogpsa.compare_table import Section
@@ -15,7 +13,7 @@ from lora_ogpsa.errors import ConfigError
 from lora_ogpsa.evaluation import EvaluationResult
 from lora_ogpsa.export.model_files import read_json
 from lora_ogpsa.export.quantisation import RUN_FILE
-from lora_ogpsa.recipe import Recipe, parse_recipe
+from lora_ogpsa.recipe import Recipe, load_recipe
 from lora_ogpsa.report.costs import stage_seconds
 from lora_ogpsa.report.model import Arm, PathPoint, Report, StageRecord, Value
 from lora_ogpsa.report.verdict import cost_sentence, run_verdict
@@ -38,7 +36,7 @@ def read_run(folder: Path, recipe_file: Path) -> Report:
     Raises:
         OGPSAError: the recipe or an evaluation in it cannot be read.
     """
-    recipe = parse_recipe(yaml.safe_load(recipe_file.read_text(encoding="utf-8")), str(recipe_file))
+    recipe = load_recipe(recipe_file)
     content = _json(folder / "results.json")
     results = _evaluations(folder, recipe)
     base = results.get("base")
