@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import nn
 
 from lora_ogpsa.fingerprints import fingerprint, require_switch
-from lora_ogpsa.generation import greedy_replies, stop_tokens
+from lora_ogpsa.generation import GREEDY, greedy_replies, stop_tokens
 
 
 def base_of(model: Any) -> Any:
@@ -141,13 +141,13 @@ def own_answers(
         One list of token ids per prompt, ending with the end-of-turn token where it was reached.
     """
     identity = fingerprint(model, base=True)[:32] if cache is not None else ""
-    keys = [_key(identity, prompt, max_new_tokens) for prompt in prompts]
+    stops = stop_tokens(model, tokenizer)
+    keys = [_key(identity, prompt, max_new_tokens, stops) for prompt in prompts]
     store = _AnswerFile(cache / "answers" / f"{identity}.jsonl") if cache is not None else None
     known: dict[str, list[int]] = {} if store is None else store.read()
     todo = sorted(
         (i for i, key in enumerate(keys) if key not in known), key=lambda i: len(prompts[i])
     )
-    stops = stop_tokens(model, tokenizer)
     batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
     console = Console(stderr=True)
     for batch in track(batches, description=title, disable=not batches, console=console):
@@ -161,8 +161,8 @@ def own_answers(
     return [known[key] for key in keys]
 
 
-def _key(identity: str, prompt: list[int], max_new_tokens: int) -> str:
-    text = f"{identity}|{max_new_tokens}|{prompt}"
+def _key(identity: str, prompt: list[int], max_new_tokens: int, stops: set[int]) -> str:
+    text = f"{GREEDY}|{identity}|{max_new_tokens}|{sorted(stops)}|{prompt}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lora_ogpsa.capture import quiet
 
+# Part of the key of every kept answer: to be changed where `greedy_replies` answers otherwise.
+GREEDY = "greedy, by the weights alone"
+
 
 def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Tokens that end an answer: what the model declares, and the tokenizer's own."""

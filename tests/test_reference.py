@@ -464,6 +464,20 @@ def test_answers_are_kept_and_not_made_twice(tiny_peft, tiny_tokenizer, tmp_path
     assert own_answers(model, tiny_tokenizer, prompts, **kwargs) == again
 
 
+def test_other_stop_tokens_make_other_answers(tiny_peft, tiny_tokenizer, tmp_path):
+    """As where a model's generation_config.json is put right after its answers ran on."""
+    model = tiny_peft(warm=True)
+    prompts = encoded(tiny_tokenizer)[:2]
+    kwargs = {"max_new_tokens": 4, "cache": tmp_path}
+    long = own_answers(model, tiny_tokenizer, prompts, **kwargs)
+    assert [len(answer) for answer in long] == [4, 4]
+    model.generation_config.eos_token_id = [answer[1] for answer in long]
+    short = own_answers(model, tiny_tokenizer, prompts, **kwargs)
+    assert all(len(answer) <= 2 for answer in short)
+    model.generation_config.eos_token_id = None
+    assert own_answers(model, tiny_tokenizer, prompts, **kwargs) == long
+
+
 def test_progress_goes_to_standard_error(tiny_peft, tiny_tokenizer, capsys):
     model = tiny_peft()
     own_answers(model, tiny_tokenizer, encoded(tiny_tokenizer), max_new_tokens=4, title="ask")

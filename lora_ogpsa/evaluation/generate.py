@@ -11,7 +11,7 @@ import torch
 
 from lora_ogpsa.evaluation.progress import Progress
 from lora_ogpsa.evaluation.store import Section
-from lora_ogpsa.generation import greedy_replies, stop_tokens
+from lora_ogpsa.generation import GREEDY, greedy_replies, stop_tokens
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def generate(
         One answer per prompt, in order.
     """
     stops = stop_tokens(model, tokenizer)
-    settings = ["greedy", max_new_tokens, sorted(stops), str(autocast)]
+    settings = [GREEDY, max_new_tokens, sorted(stops), str(autocast)]
     keys = [cache.key(settings, prompt) for prompt in prompts]
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in cache}
     # Ties are broken by content, so that the order of the data set does not shape the batches.
