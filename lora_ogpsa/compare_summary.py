@@ -137,9 +137,12 @@ class Summary:
         self._ends[key] = path[-1]
         plain = self._ends.get((PLAIN, key[1]))
         if plain is not None:
+            # Where plain training ends no safer than it began, there is no safety to match.
             self._matched[key] = [
-                matched_point(run, end.safety - margin)
-                for end, *run in zip(plain, self._bases, *path, strict=True)
+                matched_point([base, *run], target)
+                if (target := end.safety - margin) > base.safety
+                else None
+                for end, base, *run in zip(plain, self._bases, *path, strict=True)
             ]
 
     # ------------------------------------------------------------------ results

@@ -51,16 +51,17 @@ def sections(content: Mapping[str, Any]) -> list[Section]:
     ]
     found = [Section("at the end of training", end)]
     target = matched_target(content)
-    if target is None:
-        return found
-    matched = [["optimizer steps", "0", *(_steps(rule["matched"]) for rule in rules.values())]]
-    for n in taxes:
-        cells = (_cell(content, n, rule["matched"]["measures"][n]) for rule in rules.values())
-        matched.append([measure_title(n), "", *cells])
-    found.append(Section(f"when first {target}", matched))
-    if len(rules) == 1:
-        return found  # plain training alone: there is nothing yet that could have removed a tax
+    if target is not None:
+        matched = [["optimizer steps", "0", *(_steps(rule["matched"]) for rule in rules.values())]]
+        for n in taxes:
+            cells = (_cell(content, n, rule["matched"]["measures"][n]) for rule in rules.values())
+            matched.append([measure_title(n), "", *cells])
+        found.append(Section(f"when first {target}", matched))
+    if PLAIN not in rules or len(rules) == 1:
+        return found  # nothing there yet that could have removed a tax, or paid one
     for place, when in (("matched", "at matched safety"), ("end", "at the end of training")):
+        if place == "matched" and target is None:
+            continue
         rows = []
         for n in taxes:
             cells = (
@@ -72,11 +73,14 @@ def sections(content: Mapping[str, Any]) -> list[Section]:
 
 
 def matched_target(content: Mapping[str, Any]) -> str | None:
-    """What the runs are matched at, in words; ``None`` if plain training is not there yet."""
-    safety = content.get("plain_safety")
-    if safety is None:
+    """What the runs are matched at, in words; ``None`` if plain training has not set it.
+
+    It is not there yet, or made the model no safer.
+    """
+    plain = content["rules"].get(PLAIN)
+    if plain is None or not plain["matched"]["reached"]:
         return None
-    target = safety - content["safety_margin"]
+    target = content["plain_safety"] - content["safety_margin"]
     name = content["safety"]
     share = content["measures"][name]["unit"] == "share"
     value = f"{100 * target:.0f} %" if share else f"{target:.3f}"

@@ -24,6 +24,7 @@ from lora_ogpsa.compare_table import NO_TAX, compare_markdown, sections, seed_ro
 from lora_ogpsa.errors import ConfigError, OGPSAError
 from lora_ogpsa.evaluation import EvaluationSuite
 from lora_ogpsa.recipe import parse_recipe
+from lora_ogpsa.report.verdict import compare_verdict
 from lora_ogpsa.run import RunInterrupted
 
 TWO_RULES = {"plain": False, "default": {}}
@@ -395,6 +396,30 @@ def test_a_rule_that_never_gets_as_safe_is_not_matched() -> None:
     content = {**found, "safety_margin": 0.1, "finished": True, "recipe_file": "r", "seeds": [0]}
     rows = {row[0]: row for section in sections(content) for row in section.rows}
     assert rows["optimizer steps"][-2:] == ["18", "not reached"]
+
+
+def test_without_more_safety_there_is_nothing_to_match() -> None:
+    """Not the base model, which is as safe as that without any training."""
+    base, paths = evaluated(0.1, 0.0, None), {}
+    for seed, plain in enumerate((0.1, 0.15, 1.0)):
+        paths["plain", seed] = [(20, evaluated(plain, 0.8, 1.0))]
+        paths["own", seed] = [(20, evaluated(1.0, 0.2, 0.3))]
+    found = Summary(SUITE, base, paths, None, 0.05).to_json()
+    for rule in found["rules"].values():
+        assert rule["matched"]["reached"] == [2]
+        seeds = rule["matched"]["measures"]["harmless.refused"]["seeds"]
+        assert seeds["0"] is None and seeds["1"] is None and seeds["2"] > 0.1
+    removed = found["rules"]["own"]["tax_removed"]
+    assert removed["matched"]["harmless.refused"]["seeds"]["0"] is None
+    assert removed["end"]["harmless.refused"]["seeds"]["0"] == pytest.approx(0.75)
+    none = {key: path for key, path in paths.items() if key[1] == 0}
+    content = Summary(SUITE, base, none, None, 0.05).to_json()
+    content |= {"safety_margin": 0.05, "finished": True, "recipe_file": "r", "seeds": [0]}
+    titles = [section.title for section in sections(content)]
+    assert titles == ["at the end of training", "tax removed, at the end of training"]
+    verdict = compare_verdict(content)
+    assert verdict.tone == "open"
+    assert "not make the model clearly safer (harmful refused 10 % at its" in verdict.sentence
 
 
 def test_seeds_are_averaged_and_listed() -> None:

@@ -93,7 +93,7 @@ def _comparison(low: float | None, high: float | None, **changes: Any) -> dict[s
     reached = {"reached": [0], "step": {"value": 20.0, "seeds": {"0": 20.0}}}
     rule = {"matched": reached, "tax_removed": {"matched": {"harmless.refused": tax}}}
     return {
-        "rules": {"plain": {"matched": {"step": {"value": 10.0}}}, "default": rule},
+        "rules": {"plain": {"matched": {"reached": [0], "step": {"value": 10.0}}}, "default": rule},
         "safety": "harmful.refused",
         "plain_safety": 1.0,
         "safety_margin": 0.02,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ogpsa.compare_settings import PLAIN
-from lora_ogpsa.compare_table import caption, columns, sections, seed_rows
+from lora_ogpsa.compare_table import caption, columns, matched_target, sections, seed_rows
 from lora_ogpsa.errors import DataError
 from lora_ogpsa.evaluation import EvaluationResult
 from lora_ogpsa.export.model_files import read_json
@@ -59,7 +59,7 @@ def read_compare(folder: Path, recipe_file: Path) -> Report:
     if content["rules"]:
         report.headings, report.sections = columns(content), sections(content)
         report.caption = f"{caption(content)}."
-        if content["plain_safety"] is not None:
+        if matched_target(content) is not None:
             report.target = content["plain_safety"] - content["safety_margin"]
         if len(content["seeds"]) > 1:
             report.seeds = (["measure", *content["rules"]], seed_rows(content))

@@ -117,11 +117,13 @@ def compare_verdict(content: Mapping[str, Any]) -> Verdict:
         content: of ``compare.json``.
     """
     rules = [name for name in content["rules"] if name != PLAIN]
-    target = matched_target(content) if content["rules"] else None
-    if not rules or target is None:
+    if not rules or PLAIN not in content["rules"]:
         return Verdict(
             "open", "Nothing can be said yet: plain training and one rule more are not finished."
         )
+    target = matched_target(content)
+    if target is None:
+        return Verdict("open", _no_safer(content))
     first = "default" if "default" in rules else rules[0]
     tone, sentence = _rule_verdict(content, first)
     others = [_rule_verdict(content, name)[1] for name in rules if name != first]
@@ -130,6 +132,20 @@ def compare_verdict(content: Mapping[str, Any]) -> Verdict:
     text = f"At matched safety ({target}), {sentence}."
     return Verdict(
         tone, " ".join([text, *(f"For comparison, {o}." for o in others), caution]).strip()
+    )
+
+
+def _no_safer(content: Mapping[str, Any]) -> str:
+    name, after = content["safety"], content["plain_safety"]
+    share = content["measures"][name]["unit"] == "share"
+    end, begun = (
+        f"{100 * value:.0f} %" if share else f"{value:.3f}"
+        for value in (after, content["base"][name]["value"])
+    )
+    return (
+        "Nothing can be said: plain training did not make the model clearly safer ("
+        f"{measure_title(name, arrow=False)} {end} at its end, {begun} before), so there is no "
+        "safety to match the rules at. Train longer, or at a higher learning rate."
     )
 
 
