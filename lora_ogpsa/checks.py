@@ -9,7 +9,7 @@ from lora_ogpsa.compare_settings import check_safety
 from lora_ogpsa.errors import ConfigError, one_line
 from lora_ogpsa.evaluation.measures import check_measure
 from lora_ogpsa.export.empty_model import empty_model
-from lora_ogpsa.recipe import Recipe
+from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.stages import training_arguments, with_empty_adapter
 
 Here = Callable[[str], bool]
@@ -26,19 +26,49 @@ def check_arguments(recipe: Recipe) -> None:
 
 
 def check_adapters(recipe: Recipe, config: Any) -> None:
-    """Make the recipe's adapters on a model without memory.
+    """Make the recipe's adapters on a model without memory, and what would train them.
 
     Args:
         recipe: the recipe.
         config: of its model.
 
     Raises:
-        ConfigError: PEFT refuses the settings.
+        ConfigError: PEFT refuses the settings, or an optimizer or a schedule cannot be made.
         AdapterError: a contrast adapter does not suit the model.
     """
     contrasts = {recipe.contrast if arm == "ogpsa" else None for arm in recipe.arms}
     for contrast in contrasts:
-        with_empty_adapter(empty_model(config), recipe, contrast=contrast)
+        model = with_empty_adapter(empty_model(config), recipe, contrast=contrast)
+        for stage in recipe.stages:
+            _check_optimizer(stage, training_arguments(stage, recipe.output_dir), model)
+
+
+def _check_optimizer(stage: Stage, arguments: Any, model: Any) -> None:
+    """Make a stage's optimizer and schedule; most of their libraries and settings show only then.
+
+    Raises:
+        ConfigError: a library is not installed, or they refuse their settings.
+    """
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
+            return  # a factory, which wants the model itself
+        # Some bring the parameters with them; any will do here.
+        own = {k: v for k, v in settings.items() if k not in ("params", "model", "optimizer_dict")}
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=kind([torch.nn.Parameter(torch.zeros(1))], **own),
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(
+            f"stage `{stage.name}`: its optimizer or schedule cannot be made: {one_line(error)}"
+        ) from error
 
 
 def check_data(recipe: Recipe, tokenizer: Any | None, here: Here = lambda _: True) -> None:

@@ -41,6 +41,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "learning_rate": (_ABOVE_0, _FINITE, "above 0"),
     "num_train_epochs": (_ABOVE_0, _FINITE, "above 0"),
     "save_steps": (_ABOVE_0, _FINITE, "above 0"),
+    "beta": (_ABOVE_0, _FINITE, "above 0"),
+    "weight_decay": (0, _FINITE, "0 or above"),
     "seed": (0, 2**32 - 1, "from 0 to 4294967295"),
     "data_seed": (0, 2**32 - 1, "from 0 to 4294967295"),
 }

@@ -16,6 +16,12 @@ _ONE_PROCESS = "Recipes run in one process; use OGPSACallback in a script of you
 _ONE_TOKENIZER = (
     "The base model is measured with its tokenizer as it stands; set it in the model's folder."
 )
+_EVALUATED = "The `evaluation:` section says what is measured, before and after training."
+_NO_BEST = "Nothing is evaluated during training that could choose a model."
+_NO_REFERENCE_MODEL = (
+    "DPO compares with the adapter switched off, or with a frozen copy of it; no model is kept "
+    "that could follow."
+)
 
 # Keys that TRL's dataclasses have and that another part of the recipe or of the command line
 # decides. Obeying them would be surprising, and ignoring them worse.
@@ -23,8 +29,13 @@ DECIDED_ELSEWHERE = {
     "use_peft": "Every recipe trains a LoRA adapter; leave the key out.",
     "lora_task_type": "Recipes train causal language models; leave the key out.",
     "resume_from_checkpoint": "Pass --resume on the command line.",
-    "eval_strategy": "The `evaluation:` section says what is measured, before and after training.",
-    "load_best_model_at_end": "Nothing is evaluated during training that could choose a model.",
+    **dict.fromkeys(
+        ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval"), _EVALUATED
+    ),
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), _NO_BEST),
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _NO_REFERENCE_MODEL
+    ),
     "disable_tqdm": "The command draws its own progress bar.",
     "logging_nan_inf_filter": "A loss that is not finite stops the run and must not be hidden.",
     "dataset_test_split": "The `evaluation:` section names the data that is measured on.",

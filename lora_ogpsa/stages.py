@@ -166,6 +166,7 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
     try:
         arguments = training_class(stage.trainer)(**given)
         reports = get_reporting_integration_callbacks(arguments.report_to)
+        _check_listed(arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(
             f"stage `{stage.name}`: the training arguments are refused: {one_line(error)}"
@@ -178,6 +179,20 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
             f"stage `{stage.name}`: nothing can be reported as `report_to` asks: {one_line(error)}"
         ) from error
     return arguments
+
+
+def _check_listed(arguments: Any) -> None:
+    """Check the names of a loss by TRL's own list of them; it does so only while it trains.
+
+    Raises:
+        ValueError: one is not listed.
+    """
+    listed = arguments.__dataclass_fields__["loss_type"].metadata.get("help", "")
+    known = re.findall(r"'(\w+)'", listed)
+    given = arguments.loss_type
+    for name in [given] if isinstance(given, str) else given or ():
+        if known and name not in known:
+            raise ValueError(f"there is no `loss_type` {name!r}, but {', '.join(known)}")
 
 
 def cpu_computes_bfloat16() -> bool:

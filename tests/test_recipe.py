@@ -123,10 +123,16 @@ def test_unknown_keys_name_the_place_and_the_nearest(
         ({"learning_rate": float("nan")}, "`learning_rate` should be above 0. Found nan"),
         ({"learning_rate": float("inf")}, "`learning_rate` should be above 0. Found inf"),
         ({"stages": [{}, {"max_length": 0}]}, "stages[1]: `max_length` should be at least 1"),
+        ({"weight_decay": -0.1}, "`weight_decay` should be 0 or above. Found -0.1"),
+        ({"trainer": "dpo", "beta": -0.1}, "`beta` should be above 0. Found -0.1"),
         ({"seed": -1}, "`seed` should be from 0 to 4294967295. Found -1"),
         ({"compare": True, "ogpsa": False}, "leaves nothing to compare with"),
         ({"use_peft": False}, "`use_peft` is not for recipes"),
         ({"resume_from_checkpoint": "x"}, "Pass --resume on the command line"),
+        # Trainers would ignore the first, and fail by the others once they train.
+        ({"eval_steps": 5}, "`eval_steps` is not for recipes. The `evaluation:` section"),
+        ({"eval_on_start": True}, "`eval_on_start` is not for recipes. The `evaluation:` section"),
+        ({"trainer": "dpo", "sync_ref_model": True}, "no model is kept that could follow"),
         ({"deepspeed": "ds.json"}, "`deepspeed` is not for recipes"),
         # Training would set it on the tokenizer that the base model was measured with before.
         ({"chat_template_path": "x.jinja"}, "`chat_template_path` is not for recipes. The base"),

@@ -552,6 +552,20 @@ _GONE = {"name": "mine", "data": "gone.jsonl"}
     [
         ({"lr_scheduler_type": "foo"}, {}, "stage `2-sft`.*foo is not a valid SchedulerType"),
         ({"optim": "foo"}, {}, "stage `2-sft`.*foo is not a valid OptimizerNames"),
+        ({"optim": "lomo"}, {}, "stage `2-sft`: its optimizer or schedule .*install `lomo_optim`"),
+        ({"adam_beta1": 1.5}, {}, "stage `2-sft`: its optimizer or schedule .*Invalid beta"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            {},
+            "stage `2-sft`: its optimizer or schedule .*min_lr",
+        ),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, {}, "stage `2-sft`: its optimizer or schedule .*foo"),
+        ({"loss_type": "dtf"}, {}, "stage `2-sft`.*no `loss_type` 'dtf', but nll, dft"),
+        (
+            {"trainer": "dpo", "rejected": "base", "loss_type": ["sigmoid", "stf"]},
+            {},
+            "stage `2-dpo`.*no `loss_type` 'stf', but sigmoid",
+        ),
         ({"logging_steps": 0}, {}, "stage `2-sft`.*non-zero --logging_steps"),
         ({"report_to": "foo"}, {}, "stage `2-sft`.*foo is not supported"),
         (
