@@ -22,7 +22,7 @@ from lora_ogpsa.compare_statistics import over_seeds, resampled_values
 from lora_ogpsa.compare_summary import Summary
 from lora_ogpsa.compare_table import NO_TAX, compare_markdown, sections, seed_rows
 from lora_ogpsa.errors import ConfigError, OGPSAError
-from lora_ogpsa.evaluation import EvaluationSuite
+from lora_ogpsa.evaluation import EvaluationResult, EvaluationSuite, Item
 from lora_ogpsa.recipe import parse_recipe
 from lora_ogpsa.report.verdict import compare_verdict
 from lora_ogpsa.run import RunInterrupted
@@ -458,6 +458,58 @@ def test_intervals_over_seeds_by_hand() -> None:
     assert over_seeds({0: None}, [])["value"] is None
     # Defined on too few resamples, an interval would speak of those only.
     assert over_seeds({0: 0.5}, [0.5] * 900 + [None] * 100)["low"] is None
+
+
+def test_intervals_over_many_seeds_and_between_counts() -> None:
+    # Student's t at 19 degrees of freedom, beyond the table.
+    values = {seed: float(seed % 2) for seed in range(20)}
+    found = over_seeds(values, [0.5] * 1000)
+    spread = math.sqrt(20 * 0.25 / 19) / math.sqrt(20)
+    assert found["high"] - 0.5 == pytest.approx(2.093 * spread, rel=0.01)
+    # A mean over seeds between two counts of 10 prompts: Wilson's interval of the nearest, moved.
+    one, moved = over_seeds({0: 0.5}, [], prompts=10), over_seeds({0: 0.54}, [], prompts=10)
+    for bound in ("low", "high"):
+        assert moved[bound] - one[bound] == pytest.approx(0.04)
+
+
+def test_of_some_taxes_more_is_better_and_an_aim_is_none() -> None:
+    def measured(harmful: float, right: float, ranked: float) -> EvaluationResult:
+        result = EvaluationResult("m", base=False)
+        for name, share in (
+            ("harmful.refused", harmful),
+            ("arc.acc", right),
+            ("pairs.ranked_right", ranked),
+        ):
+            outcomes = [Item(f"k{i}", float(i < 40 * share)) for i in range(40)]
+            result.add_share(name, outcomes, "higher")
+        return result
+
+    data = {"measure": "preference", "data": "x.jsonl"}
+    arc = {"measure": "multiple_choice", "data": "x.jsonl"}
+    suite = EvaluationSuite.from_dict(
+        {"measures": {"harmful": "x.jsonl", "arc": arc, "pairs": data}}
+    )
+    paths = {
+        ("plain", 0): [(20, measured(1.0, 0.4, 0.9))],
+        ("own", 0): [(20, measured(1.0, 0.7, 0.5))],
+    }
+    found = Summary(suite, measured(0.0, 0.8, 0.2), paths, None, 0.1).to_json()
+    assert found["taxes"] == ["arc.acc"]
+    own = found["rules"]["own"]
+    assert own["tax_removed"]["end"]["arc.acc"]["value"] == pytest.approx(0.75)
+    assert own["matched"]["measures"]["arc.acc"]["value"] == pytest.approx(0.8 - 0.9 * 0.1)
+
+
+def test_resamples_weigh_items_as_the_measure_does() -> None:
+    result = EvaluationResult("m", base=False)
+    long = [Item(f"a{i}", 0.0, 1000.0) for i in range(30)]
+    short = [Item(f"b{i}", 1.0, 1.0) for i in range(30)]
+    result.add_mean("general.nll", [*long, *short], "lower", "nats")
+    drawn = resampled_values([result], "general.nll")[:, 0]
+    assert drawn[0] == pytest.approx(1 / 1001) and drawn[1:].max() < 0.01
+    alike = [Item(item.key, 1.0, item.weight) for item in (*long, *short)]
+    result.add_mean("general.nll", alike, "lower", "nats")
+    assert resampled_values([result], "general.nll")[:, 0] == pytest.approx(1.0)
 
 
 def test_resamples_take_the_same_prompts_for_all_models() -> None:

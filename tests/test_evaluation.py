@@ -10,8 +10,10 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 
+from lora_ogpsa.chat import encode
 from lora_ogpsa.errors import ConfigError, DataError
 from lora_ogpsa.evaluation import (
     EvaluationResult,
@@ -200,6 +202,44 @@ def test_nll_is_the_average_per_token(tiny_model, tiny_tokenizer):
     )
     assert len({item.weight for item in items}) > 1
     assert result.measures["general.nll"].unit == "nats"
+
+
+def test_preferences_are_those_of_the_likelihoods(tiny_peft, tiny_tokenizer):
+    text = "Paris is a city of many old bridges and a river that runs through it"
+    words = text.split()
+    pairs = [
+        {"prompt": f"Tell me of {w}", "chosen": " ".join(words[: i + 2]), "rejected": w}
+        for i, w in enumerate(words)
+    ]
+    model = tiny_peft(warm=True).eval()
+
+    @torch.no_grad()
+    def likelihood(row, side):
+        messages = [{"role": "user", "content": row["prompt"]}]
+        prompt, answer = encode(tiny_tokenizer, messages, row[side], max_length=200, name="row")
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        found = logits.log_softmax(-1)[range(len(answer)), answer].double()
+        return found.sum(), found.mean()
+
+    def margins(row):
+        (won, won_mean), (lost, lost_mean) = (likelihood(row, s) for s in ("chosen", "rejected"))
+        return float(won - lost), float(won_mean - lost_mean)
+
+    own = [margins(row) for row in pairs]
+    with model.disable_adapter():
+        base = [margins(row) for row in pairs]
+    expected = {
+        "ranked_right": [whole > 0 for whole, _ in own],
+        "ranked_right_norm": [mean > 0 for _, mean in own],
+        "reward_right": [m - b > 0 for (m, _), (b, _) in zip(own, base, strict=True)],
+    }
+    result = run(model, tiny_tokenizer, {"pairs": {"measure": "preference", "data": pairs}})
+    for label, wanted in expected.items():
+        assert [item.value == 1 for item in result.items[f"pairs.{label}"]] == wanted, label
+    assert len({tuple(wanted) for wanted in expected.values()}) == 3  # they tell one another apart
+    level = [{**row, "rejected": row["chosen"]} for row in pairs[:2]]
+    result = run(model, tiny_tokenizer, {"pairs": {"measure": "preference", "data": level}})
+    assert result.measures["pairs.ranked_right"].value == 0
 
 
 def test_preference_pairs(tiny_peft, tiny_tokenizer):

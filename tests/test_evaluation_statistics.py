@@ -88,6 +88,24 @@ def test_paired_shares_that_agree_everywhere_still_have_an_interval():
     assert found.low == pytest.approx(-found.high)
 
 
+def test_paired_shares_by_hand():
+    """Bonett and Price (2012): of 50 pairs 12 gained and 2 lost."""
+    first = [False] * 12 + [True] * 2 + [True] * 36
+    second = [True] * 12 + [False] * 2 + [True] * 36
+    found = statistics.paired_share_difference(first, second)
+    up, down = 13 / 52, 3 / 52
+    half = 1.959964 * math.sqrt((up + down - (up - down) ** 2) / 52)
+    assert (found.low, found.high) == pytest.approx((up - down - half, up - down + half))
+
+
+def test_the_interval_of_a_mean_is_weighted_as_the_mean_is():
+    """Items without weight are not there, whatever their values."""
+    values, weights = np.arange(40.0), np.ones(40)
+    heavy = statistics.mean(values, np.where(values < 20, 1000.0, 1.0))
+    assert heavy.high < 13 and heavy.low > 5
+    assert statistics.mean(values, weights).high > 20
+
+
 def test_paired_means_cancel_what_the_items_share():
     generator = np.random.default_rng(2)
     level = generator.normal(0, 10, size=50)

@@ -274,3 +274,14 @@ def test_restoration_of_quadratic_losses_lands_on_the_base_losses():
 def test_restoration_with_nothing_to_restore_is_zero():
     assert not restoration_step(torch.randn(2, 9), torch.zeros(2)).any()
     assert not restoration_step(torch.zeros(2, 9), torch.ones(2)).any()
+
+
+def test_the_way_back_is_capped_by_the_steps_length_in_the_metric():
+    generator = torch.Generator().manual_seed(0)
+    rows, step = torch.randn(1, 30, generator=generator), torch.randn(30, generator=generator)
+    inverse = torch.logspace(-2, 2, 30)
+    rows -= (rows @ step) / (step @ step) * step  # the step itself changes nothing
+    settings = {"recovery": 1.0, "max_correction": 0.5}
+    found = budget_correction(rows, step, torch.tensor([-1e6]), inverse, **settings)
+    length = (found.square() / inverse).sum().sqrt()
+    assert length == pytest.approx(0.5 * float((step.square() / inverse).sum().sqrt()), rel=1e-4)

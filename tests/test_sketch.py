@@ -85,6 +85,15 @@ def test_few_rows_are_kept_exactly():
     assert torch.equal(sketch.rows[0], rows)
 
 
+def test_shrinking_takes_the_smallest_kept_energy_off_all():
+    """Liberty (2013): without that the bound's denominator would not grow."""
+    sketch = FrequentDirections(3, 8)
+    sketch.append(torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]))[:, :5] @ torch.eye(8)[:5])
+    sketch.shrink()
+    energies = sketch.rows[0].square().sum(1).sort(descending=True).values
+    torch.testing.assert_close(energies, torch.tensor([25.0 - 9, 16.0 - 9, 0.0]))
+
+
 def test_decay_weighs_the_second_moment():
     rows = torch.randn(3, 5)
     sketch = FrequentDirections(4, 5)
