@@ -20,6 +20,7 @@ from lora_ogpsa.errors import (
     ProjectionError,
     ReferenceLossError,
 )
+from lora_ogpsa.rules import budget_correction
 
 OPTIMIZERS = {
     # Rounding the parameters to float32 leaves eps * |θ| / |Δ| of any step in the basis, so the
@@ -178,6 +179,24 @@ def test_budget_holds_a_reference_that_plain_training_forgets(tiny_peft):
     plain, kept = divergence(False), divergence(True)
     assert plain > 0.02
     assert kept < 0.004
+
+
+def test_the_budget_rule_knows_which_loss_was_measured_behind_the_step(tiny_peft, monkeypatch):
+    told = []
+
+    def recorded(*args, behind=None, **settings):
+        told.append(None if behind is None else behind.tolist())
+        return budget_correction(*args, behind=behind, **settings)
+
+    monkeypatch.setattr("lora_ogpsa.projector.budget_correction", recorded)
+    model = tiny_peft(warm=True)
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
+    with OGPSA(model, optimizer, two_references(), OGPSAConfig(references_per_refresh=2)):
+        for step in range(4):
+            training_step(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sorted(told[:2]) == [[False, True], [True, False]] and told[2:] == told[:2]
 
 
 def gradients(ogpsa):
