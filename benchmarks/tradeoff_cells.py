@@ -99,6 +99,11 @@ class Setting:
         return "_".join(stage.name for stage in self.stages)
 
     @property
+    def ranks_with_likelihood(self) -> bool:
+        """Whether it is one stage, of preferences with a part of likelihood."""
+        return self.name == "dpo" and self.stages[0].likelihood > 0
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
@@ -123,7 +128,8 @@ class Cells:
         return self.folder / f"{name}.json"
 
     def _made_of(self, method: Method) -> dict[str, Any]:
-        return {"setting": self._shared, "method": method.identity()}
+        identity = method.identity(likelihood=self.setting.ranks_with_likelihood)
+        return {"setting": self._shared, "method": identity}
 
     def adapter(self, method: Method, seed: int) -> Path:
         """Where a cell's trained adapter is kept; nowhere if it has no LoRA layer."""
@@ -188,8 +194,8 @@ class Cells:
                 continue
             method = known.get(cell["method"])
             # Through JSON, which knows no tuples.
-            if method is not None and cell["made_of"]["method"] != json.loads(
-                json.dumps(method.identity())
+            if method is not None and cell["made_of"] != json.loads(
+                json.dumps(self._made_of(method))
             ):
                 continue
             if "strengths" in cell:

@@ -176,6 +176,7 @@ def run_stage(
         passes=passes,
         seed=seed,
         preferences=stage.name == "dpo",
+        likelihood=stage.likelihood > 0,
     )
     model.train()
     with spent.on(training):

@@ -13,11 +13,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_ogpsa.arguments import given_config, given_references
 from lora_ogpsa.config import OGPSAConfig, has_likelihood
 from lora_ogpsa.errors import ProjectionError, StateError
+from lora_ogpsa.initialisation import starts_at_base
 from lora_ogpsa.models import cache_dir
 from lora_ogpsa.processes import alike
 from lora_ogpsa.projector import OGPSA
 from lora_ogpsa.reference import Objective, Reference
-from lora_ogpsa.state import has_state
+from lora_ogpsa.state import has_state, load_state
 
 logger = logging.getLogger(__name__)
 
@@ -90,19 +91,27 @@ class OGPSACallback(TrainerCallback):
             kwargs["model"],
             kwargs["optimizer"],
             self._references(args),
-            self._acting(args),
+            self._acting(args, state.global_step, kwargs["model"]),
             processing_class=kwargs.get("processing_class"),
             cache=self.cache or cache_dir(),
         )
         if state.global_step > 0:
             self._resume(args, state.global_step)
 
-    def _acting(self, args: TrainingArguments) -> OGPSAConfig:
+    def _acting(self, args: TrainingArguments, step: int, model: Any) -> OGPSAConfig:
         """The settings as they act on the trainer's loss."""
         if not _has_preference_loss(args):
             return self.config
+        folder = self._checkpoint(args, step)
+        if step > 0 and has_state(folder):
+            from_base = bool(load_state(folder)[1].get("from_base"))
+        else:
+            from_base = starts_at_base(model)
         likelihood = has_likelihood(getattr(args, "loss_type", None))
-        return self.config.acting(preferences=True, likelihood=likelihood)
+        return self.config.acting(preferences=True, likelihood=likelihood, from_base=from_base)
+
+    def _checkpoint(self, args: TrainingArguments, step: int) -> Path:
+        return self.resume_from_checkpoint or Path(args.output_dir) / f"checkpoint-{step}"
 
     def _references(self, args: TrainingArguments) -> list[Reference | Objective] | None:
         """The references, with the trainer's own `beta` in preference losses that name none."""
@@ -120,7 +129,7 @@ class OGPSACallback(TrainerCallback):
     def _resume(self, args: TrainingArguments, step: int) -> None:
         """Go on from the state beside the checkpoint that the Trainer has just loaded."""
         assert self.ogpsa is not None
-        folder = self.resume_from_checkpoint or Path(args.output_dir) / f"checkpoint-{step}"
+        folder = self._checkpoint(args, step)
         found = has_state(folder)
         if not alike(found, self.ogpsa.space.device):
             raise StateError(

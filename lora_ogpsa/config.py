@@ -56,8 +56,10 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-#: `OGPSAConfig.penalty` where it is not given, in steps on next-token losses.
+#: `OGPSAConfig.penalty` where it is not given, in steps on next-token losses...
 SUPERVISED_PENALTY = 0.25
+#: ...and on preference losses with a part of likelihood, where it is of the latest gradient.
+LIKELIHOOD_PENALTY = 0.5
 # What numbers lie below: products with them must stay finite in float32.
 MOST = 1e30
 
@@ -138,13 +140,17 @@ class OGPSAConfig:
             shares, as of the last refresh) is added to the training gradient (0 is off). The
             optimizer's momentum then works against drift too, and the constraint has less to
             correct. It costs no reference pass. Update space, and not for ``orthogonal``.
-            Default: for ``budget`` `SUPERVISED_PENALTY` in steps on a loss of ``labels`` in the
-            model's call and 0 in others (``None`` stands for that), else 0. In a stage of DPO
-            after SFT it led back to the base model, with every reference well within its budget.
+            ``None`` (default) stands for what `acting` chooses by the training loss: for
+            ``budget`` `SUPERVISED_PENALTY` on next-token losses, `LIKELIHOOD_PENALTY` on
+            preference losses with a part of likelihood if the adapter is new, and 0 on others,
+            where it led back to the base model with every reference well within its budget; else
+            0. In a loop of your own it is `SUPERVISED_PENALTY` in steps on a loss of ``labels`` in
+            the model's call and 0 in others, unless you call `acting`.
         penalty_of: what that gradient is: of the decayed mean rows by the references' shares
             (``"means"``), or the mean over the examples of the last refresh alone (``"latest"``),
             as in a KL penalty that takes references in turn. The rows vary less; they lag, and pull
-            on when a reference is back.
+            on when a reference is back. ``None`` (default) is ``"latest"`` where `penalty` is
+            `LIKELIHOOD_PENALTY` by default, else ``"means"``.
         restoration: strength in [0, 1] of a step back to the base model's reference losses at
             each refresh (0 is off). The budget constraint has its own (``recovery``).
         restoration_cap: the restoration step is at most this many typical optimizer steps long.
@@ -184,7 +190,7 @@ class OGPSAConfig:
     recovery: float = 1.0
     max_correction: float = 1.0
     penalty: float | None = None
-    penalty_of: PenaltyOf = "means"
+    penalty_of: PenaltyOf | None = None
     restoration: float = 0.0
     restoration_cap: float = 2.0
     first_token_weight: float | None = None
@@ -235,16 +241,23 @@ class OGPSAConfig:
             return SUPERVISED_PENALTY if labels else 0.0
         return self.penalty
 
-    def acting(self, *, preferences: bool, likelihood: bool) -> OGPSAConfig:
+    def acting(self, *, preferences: bool, likelihood: bool, from_base: bool) -> OGPSAConfig:
         """The settings as they act on a training loss.
 
         Args:
             preferences: whether the loss ranks answers.
             likelihood: whether it has answers' likelihood, alone or beside that.
+            from_base: whether training starts at the base model, with an adapter that adds nothing
+                yet: there is nothing then that a penalty could undo.
         """
         weight = self.first_token_weight if likelihood else 0.0
-        penalty = self.penalty_on(labels=not preferences)
-        return replace(self, first_token_weight=weight, penalty=penalty)
+        penalty, penalty_of = self.penalty, self.penalty_of
+        of_latest = preferences and likelihood and from_base
+        if penalty is None:
+            penalty = LIKELIHOOD_PENALTY if of_latest else self.penalty_on(labels=not preferences)
+        if penalty_of is None:
+            penalty_of = "latest" if of_latest else "means"
+        return replace(self, first_token_weight=weight, penalty=penalty, penalty_of=penalty_of)
 
     @property
     def keeps_latest(self) -> bool:

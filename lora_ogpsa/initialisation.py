@@ -1,8 +1,10 @@
-"""Which LoRA settings leave the base model as it was."""
+"""Which LoRA settings leave the base model as it was, and which adapters do not change it yet."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from lora_ogpsa.sharding import whole
 
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ...)
 # subtract something from the base, and with the adapter off that something is missing.
@@ -17,6 +19,28 @@ def base_is_kept(model: Any) -> bool:
         for name in getattr(model, "active_adapters", ())
         if name in configs
     )
+
+
+def starts_at_base(model: Any) -> bool:
+    """Whether `model` with its adapters on is the base model still, since a factor of each is 0."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for down, up in (
+            (layer.lora_A, layer.lora_B),
+            (layer.lora_embedding_A, layer.lora_embedding_B),
+        ):
+            for name in layer.active_adapters:
+                if name in down and _any(down[name]) and _any(up[name]):
+                    return False
+    return base_is_kept(model)
+
+
+def _any(factor: Any) -> bool:
+    """Whether a LoRA factor, a parameter or a module with a weight, has an entry that is not 0."""
+    return bool(whole(getattr(factor, "weight", factor).detach()).any())
 
 
 def _keeps_base(config: Any) -> bool:

@@ -165,8 +165,8 @@ def estimate(recipe: Recipe, stage: Stage, size: ModelSize, tokens: int) -> dict
         "adapter and its gradient (float32)": 8.0 * size.adapter,
         f"optimizer state ({optim})": state * size.adapter,
     }
-    if stage.ogpsa is not None:
-        found["OGPSA"] = ogpsa_bytes(stage.ogpsa, len(stage.references), size.adapter)
+    if stage.acting is not None:
+        found["OGPSA"] = ogpsa_bytes(stage.acting, len(stage.references), size.adapter)
     if size.layers:
         found["activations, roughly"] = _activations(stage, size, tokens)
     return found

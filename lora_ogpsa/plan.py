@@ -341,6 +341,8 @@ def shown_settings(config: OGPSAConfig) -> dict[str, Any]:
         skipped |= {"early_refreshes", "adaptive_threshold"}
     if config.constraint == "halfspace":
         skipped.add("max_correction")
+    if config.penalty == 0:
+        skipped.add("penalty_of")
     return {k: v for k, v in config.to_dict().items() if k not in skipped}
 
 

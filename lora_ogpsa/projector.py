@@ -22,6 +22,7 @@ from lora_ogpsa.errors import ConfigError, ProjectionError
 from lora_ogpsa.estimator import Estimator, Refreshed
 from lora_ogpsa.full_precision import full_precision
 from lora_ogpsa.hooks import OwnHook, forget_compiled
+from lora_ogpsa.initialisation import starts_at_base
 from lora_ogpsa.input_gradients import NoInputGradients
 from lora_ogpsa.metric import InverseMetric, euclidean
 from lora_ogpsa.optimizers import check_optimizer, unwrap_optimizer
@@ -97,6 +98,8 @@ class OGPSA:
         self.space = AdapterSpace.from_model(model)
         check_optimizer(self.optimizer)
         check_sharding(model, self.space.parameters)
+        #: Whether training began at the base model, with an adapter that added nothing.
+        self.from_base = starts_at_base(model)
         self._held = safeguards.check_held(self.space, self.optimizer)
         safeguards.warn_of_rounding(self.space)
         if unpacked := keep_differentiable(model):
@@ -457,6 +460,7 @@ class OGPSA:
             {
                 "steps": self.steps,
                 "moved": self._moved,
+                "from_base": self.from_base,
                 "estimator": facts,
                 "config": self.config.to_dict(),
                 "layout": self._layout(),
@@ -484,6 +488,7 @@ class OGPSA:
         if self.metric is not None:
             self.metric.load_state_dict(tensors)
         self.steps, self._moved = int(facts["steps"]), bool(facts["moved"])
+        self.from_base = bool(facts.get("from_base"))
 
     def _layout(self) -> dict[str, list[int]]:
         return {

@@ -74,6 +74,7 @@ class Stage:
         rejected_max_new_tokens: length of those answers, in tokens.
         ogpsa: the settings; ``None`` trains plainly.
         references: what must not get worse.
+        from_base: whether it trains a new adapter, or goes on with that of the stage before.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Stage:
     rejected_max_new_tokens: int = 64
     ogpsa: OGPSAConfig | None = None
     references: tuple[Reference, ...] = ()
+    from_base: bool = True
 
     @property
     def acting(self) -> OGPSAConfig | None:
@@ -95,7 +97,9 @@ class Stage:
             return None
         supervised = self.trainer == "sft"
         likelihood = supervised or has_likelihood(self.argument("loss_type"))
-        return self.ogpsa.acting(preferences=not supervised, likelihood=likelihood)
+        return self.ogpsa.acting(
+            preferences=not supervised, likelihood=likelihood, from_base=self.from_base
+        )
 
     def argument(self, name: str) -> Any:
         """An argument of the trainer, its default where the recipe is silent."""
@@ -234,7 +238,7 @@ def parse_recipe(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
         check_known(overlay, known, place, elsewhere=whole, about=f"with `trainer: {kind}`")
         own = {k: v for k, v in given.items() if k in known} | overlay
         own.setdefault("name", f"{index + 1}-{kind}" if several else kind)
-        stages.append(_stage(own, kind, place))
+        stages.append(_stage(own, kind, place, from_base=not index))
     check_unique([stage.name for stage in stages], source)
     compare = top.get("compare", False)
     if compare is not False and all(stage.ogpsa is None for stage in stages):
@@ -309,7 +313,7 @@ def _check_ranges(training: Mapping[str, Any], place: str) -> None:
         )
 
 
-def _stage(given: dict[str, Any], kind: Trainer, place: str) -> Stage:
+def _stage(given: dict[str, Any], kind: Trainer, place: str, *, from_base: bool) -> Stage:
     own = take(given, _StageKeys, place)
     training = _TRAINING_DEFAULTS | take(given, training_class(kind), place)
     _check_ranges(training, place)
@@ -333,5 +337,6 @@ def _stage(given: dict[str, Any], kind: Trainer, place: str) -> Stage:
         training=training,
         ogpsa=parse_ogpsa(own.get("ogpsa"), f"{place}, ogpsa"),
         references=parse_references(own.get("references"), f"{place}, references"),
+        from_base=from_base,
         **settings,
     )

@@ -44,11 +44,13 @@ def with_settings(name: str, **settings: Any) -> Method:
     return ogpsa_method(name, {**made_of["settings"], **own, **settings})
 
 
+HALF_OF_LATEST = {"penalty": 0.5, "penalty_of": "latest"}
 BUILT = {
     **METHODS,
     # In a few steps a random model drifts less than the default rule's budget allows.
     **{n: with_settings(n, budget=0.0) for n in ("default", "default_lora", "default_one")},
     "no_penalty": with_settings("default", budget=0.0, penalty=0.0),
+    "half_of_latest": with_settings("default", budget=0.0, **HALF_OF_LATEST),
     "no_emphasis": with_settings("default", budget=0.0, first_token_weight=0.0),
 }
 
@@ -302,8 +304,18 @@ def test_what_acts_on_a_preference_loss_depends_on_whether_likelihood_is_a_part_
     assert not torch.equal(after("default", "sft"), after("no_penalty", "sft"))
     assert torch.equal(after("default", "dpo"), after("no_penalty", "dpo"))
     assert torch.equal(after("default", "dpo"), after("no_emphasis", "dpo"))
-    assert torch.equal(after("default", "dpo", 1.0), after("no_penalty", "dpo", 1.0))
-    assert not torch.equal(after("default", "dpo", 1.0), after("no_emphasis", "dpo", 1.0))
+    assert torch.equal(after("default", "dpo", 1.0), after("half_of_latest", "dpo", 1.0))
+    for other in ("no_penalty", "no_emphasis"):
+        assert not torch.equal(after("default", "dpo", 1.0), after(other, "dpo", 1.0))
+
+
+def test_the_default_is_kept_as_what_it_does_in_its_stage() -> None:
+    """Where nothing but preferences with likelihood is trained, its penalty is another."""
+    explicit, default = with_settings("default", **HALF_OF_LATEST), METHODS["default"]
+    assert default.identity(likelihood=True) == explicit.identity(likelihood=True)
+    assert default.identity() != explicit.identity()
+    paper = METHODS["paper"]
+    assert paper.identity(likelihood=True) == paper.identity()
 
 
 # ------------------------------------------------------------------------------------- the command

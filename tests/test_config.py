@@ -23,6 +23,39 @@ def test_defaults_resolve_to_the_streamed_budget():
     assert config.penalty is None
     assert config.penalty_on(labels=True) == 0.25
     assert config.penalty_on(labels=False) == 0.0
+    assert not config.keeps_latest
+
+
+@pytest.mark.parametrize(
+    ("preferences", "likelihood", "from_base", "penalty", "penalty_of"),
+    [
+        (False, True, True, 0.25, "means"),
+        (False, True, False, 0.25, "means"),
+        (True, True, True, 0.5, "latest"),
+        (True, True, False, 0.0, "means"),
+        (True, False, True, 0.0, "means"),
+    ],
+)
+def test_what_is_not_given_goes_by_the_training(
+    preferences, likelihood, from_base, penalty, penalty_of
+):
+    loss = {"preferences": preferences, "likelihood": likelihood, "from_base": from_base}
+
+    def acting(**given):
+        return OGPSAConfig(**given).acting(**loss)
+
+    found = acting()
+    assert (found.penalty, found.penalty_of) == (penalty, penalty_of)
+    assert found.first_token_weight == (0.33 if likelihood else 0.0)
+    assert found.acting(**loss) == found
+    # What is given acts on every loss, and one without the other goes by it all the same.
+    assert acting(penalty=0.125).penalty == 0.125
+    assert acting(penalty=0.125).penalty_of == penalty_of
+    assert acting(penalty_of="latest").penalty == penalty
+    assert acting(penalty_of="means").penalty_of == "means"
+    # Only the budget has a penalty that nobody asked for.
+    for other in ({"constraint": "halfspace"}, {"constraint": "orthogonal"}, {"preset": "paper"}):
+        assert acting(**other).penalty == 0.0
 
 
 def test_orthogonal_resolves_to_intervals_per_adapter():

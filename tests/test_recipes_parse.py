@@ -79,8 +79,10 @@ def test_settings_are_shown_as_they_act_on_the_stages_loss() -> None:
         assert (shown["penalty"], shown["first_token_weight"]) == (penalty, weight)
     assert supervised.ogpsa == preferences.ogpsa
     both = replace(preferences, training={**preferences.training, "loss_type": ["sigmoid", "sft"]})
-    assert both.acting is not None
-    assert (both.acting.penalty, both.acting.first_token_weight) == (0.0, 0.33)
+    # The second goes on with an adapter that a penalty would lead back.
+    for stage, penalty in ((both, 0.0), (replace(both, from_base=True), 0.5)):
+        assert stage.acting is not None
+        assert (stage.acting.penalty, stage.acting.first_token_weight) == (penalty, 0.33)
 
 
 def test_the_8b_recipe_fits_its_gpu_and_says_what_it_could_not_see() -> None:

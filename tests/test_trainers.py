@@ -21,7 +21,7 @@ from trl import (
 )
 
 from lora_ogpsa import OGPSA, OGPSACallback, OGPSAConfig, Reference
-from lora_ogpsa.config import SUPERVISED_PENALTY
+from lora_ogpsa.config import LIKELIHOOD_PENALTY, SUPERVISED_PENALTY
 from lora_ogpsa.errors import ConfigError, ProjectionError
 from lora_ogpsa.reference import Objective
 
@@ -206,11 +206,11 @@ def test_what_is_for_next_token_losses_leaves_preference_losses_alone(
         "rpo": (DPOTrainer, with_likelihood, PREFERENCES),
     }
 
-    def trained(kind, **settings):
+    def trained(kind, warm=True, **settings):
         torch.manual_seed(0)
         trainer, settings_of, rows = kinds[kind]
         trainer = trainer(
-            tiny_peft(warm=True),
+            tiny_peft(warm=warm),
             args=arguments(
                 tmp_path, settings_of, bf16=False, max_length=64, per_device_train_batch_size=4
             ),
@@ -232,6 +232,47 @@ def test_what_is_for_next_token_losses_leaves_preference_losses_alone(
     both = trained("rpo")
     assert torch.equal(both, trained("rpo", penalty=0.0))
     assert not torch.equal(both, trained("rpo", first_token_weight=0.0))
+    # A new adapter has nothing yet that a penalty could undo.
+    new = partial(trained, "rpo", warm=False)
+    assert torch.equal(new(), new(penalty=LIKELIHOOD_PENALTY, penalty_of="latest"))
+    assert not torch.equal(new(), new(penalty_of="means"))
+    assert not torch.equal(new(), new(penalty=0.0))
+
+
+def test_a_resumed_run_knows_that_its_adapter_was_new(tiny_peft, tiny_tokenizer, tmp_path):
+    """Its penalty goes by that, and the weights of the checkpoint do not say it any more."""
+
+    def trained(folder, steps, resume=None):
+        torch.manual_seed(0)
+        settings = arguments(
+            tmp_path / folder,
+            partial(DPOConfig, loss_type=["sigmoid", "sft"]),
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            lr_scheduler_type="constant",
+            bf16=False,
+        )
+        settings.max_steps = steps
+        trainer = DPOTrainer(
+            tiny_peft(),
+            args=settings,
+            train_dataset=Dataset.from_list(PREFERENCES),
+            processing_class=tiny_tokenizer,
+        )
+        callback = OGPSACallback(references=[REFERENCES["kl"]]).attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return callback.ogpsa
+
+    whole = trained("whole", 4)
+    assert (whole.config.penalty, whole.config.penalty_of) == (LIKELIHOOD_PENALTY, "latest")
+    trained("parts", 2)
+    resumed = trained("parts", 4, str(tmp_path / "parts" / "checkpoint-2"))
+    assert resumed.config == whole.config
+    assert torch.equal(resumed.space.read(), whole.space.read())
+    # What a resumed run saves says it, too.
+    again = trained("parts", 4, str(tmp_path / "parts" / "checkpoint-4"))
+    assert again.config == whole.config
 
 
 # ------------------------------------------------------------------ other trainers

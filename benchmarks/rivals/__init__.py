@@ -56,14 +56,22 @@ class Method:
         """A fresh instance, for one run."""
         return KINDS[self.kind](**self.settings)
 
-    def identity(self) -> dict[str, Any]:
-        """What tells its results from another's; an OGPSA rule by its resolved settings."""
+    def identity(self, *, likelihood: bool = False) -> dict[str, Any]:
+        """What tells its results from another's; an OGPSA rule by its resolved settings.
+
+        Args:
+            likelihood: whether it trains on preferences with a part of likelihood and nothing else,
+                where the default penalty is another.
+        """
         settings = dict(self.settings)
         if issubclass(KINDS[self.kind], OgpsaRival):
-            settings["settings"] = OGPSAConfig.from_dict(settings.get("settings", {})).to_dict()
+            config = OGPSAConfig.from_dict(settings.get("settings", {}))
+            if likelihood:
+                config = config.acting(preferences=True, likelihood=True, from_base=True)
+            settings["settings"] = config.to_dict()
             # What is as it was before it could be set has no part in it, so that cells from before
             # keep their names.
-            if settings["settings"]["penalty_of"] == "means":
+            if not config.keeps_latest:
                 del settings["settings"]["penalty_of"]
         if issubclass(KINDS[self.kind], OnContrastAdapter):
             contrast = ContrastConfig(**settings.get("contrast", {})).to_dict()

@@ -34,6 +34,7 @@ class Training:
         passes: reference examples a method may differentiate per step.
         seed: of the order in which reference examples are drawn.
         preferences: whether the stage's loss ranks answers.
+        likelihood: whether it has the answers' likelihood beside that.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Training:
     passes: float
     seed: int
     preferences: bool
+    likelihood: bool
 
     @property
     def device(self) -> torch.device:

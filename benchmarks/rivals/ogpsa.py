@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_ogpsa import OGPSA, OGPSAConfig
+from lora_ogpsa.initialisation import starts_at_base
 from rivals.base import Rival, Training
 
 
@@ -50,8 +51,11 @@ class OgpsaRival(Rival):
         self._clock = [hooks.register_step_pre_hook(mark), hooks.register_step_post_hook(mark)]
         config = OGPSAConfig.from_dict(settings)
         if training.preferences:
-            # Where likelihood is no part of them, the model gets no labels and nothing is weighed.
-            config = config.acting(preferences=True, likelihood=True)
+            config = config.acting(
+                preferences=True,
+                likelihood=training.likelihood,
+                from_base=starts_at_base(training.model),
+            )
         self._ogpsa = OGPSA(training.model, training.optimizer, training.objectives, config)
         # Hooks run in the order of registration: these close what the first two opened.
         self._clock += [hooks.register_step_pre_hook(mark), hooks.register_step_post_hook(mark)]
