@@ -58,7 +58,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 #: `OGPSAConfig.penalty` where it is not given, in steps on next-token losses...
 SUPERVISED_PENALTY = 0.25
-#: ...and on preference losses with a part of likelihood, where it is of the latest gradient.
+#: ...and, of the latest gradient, on preference losses with likelihood that train a new adapter.
 LIKELIHOOD_PENALTY = 0.5
 # What numbers lie below: products with them must stay finite in float32.
 MOST = 1e30
@@ -149,8 +149,8 @@ class OGPSAConfig:
         penalty_of: what that gradient is: of the decayed mean rows by the references' shares
             (``"means"``), or the mean over the examples of the last refresh alone (``"latest"``),
             as in a KL penalty that takes references in turn. The rows vary less; they lag, and pull
-            on when a reference is back. ``None`` (default) is ``"latest"`` where `penalty` is
-            `LIKELIHOOD_PENALTY` by default, else ``"means"``.
+            on when a reference is back. ``None`` (default) is ``"latest"`` on preference losses
+            with a part of likelihood if the adapter is new, else ``"means"``.
         restoration: strength in [0, 1] of a step back to the base model's reference losses at
             each refresh (0 is off). The budget constraint has its own (``recovery``).
         restoration_cap: the restoration step is at most this many typical optimizer steps long.
