@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_ogpsa.checkpoints import last_checkpoint
 from lora_ogpsa.errors import DataError
 from lora_ogpsa.evaluation import EvaluationResult, evaluate
 from lora_ogpsa.export.sources import adapter_weights
@@ -19,7 +20,6 @@ from lora_ogpsa.stage_data import checked_rows
 from lora_ogpsa.stages import (
     TRAINING_FILE,
     Trained,
-    last_checkpoint,
     load_base,
     load_trained,
     read_record,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_ogpsa.checkpoints import last_checkpoint
 from lora_ogpsa.checks import check_adapters, check_arguments, check_data, check_hub
 from lora_ogpsa.console import err, out, say
 from lora_ogpsa.evaluation import EvaluationResult, evaluate
@@ -35,7 +36,6 @@ from lora_ogpsa.stage_data import checked_rows
 from lora_ogpsa.stages import (
     TRAINING_FILE,
     Trained,
-    last_checkpoint,
     load_base,
     load_trained,
     read_record,

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lora_ogpsa.checkpoints import check_checkpoint, last_checkpoint
 from lora_ogpsa.console import StepDisplay, StopAtNonFinite, err
 from lora_ogpsa.contrast_config import ContrastConfig
 from lora_ogpsa.errors import ConfigError, ModelError, OGPSAError, one_line
@@ -233,9 +234,13 @@ def train_stage(
     Raises:
         DataError: the training data cannot be used.
         ConfigError: the settings are refused by TRL.
+        StateError: the checkpoint to go on from is damaged.
         TrainingError: the loss is no longer finite.
     """
     began = time.monotonic()
+    checkpoint = last_checkpoint(folder) if resume else None
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     model, tokenizer = base
     arguments = training_arguments(stage, folder)
     contrast = None
@@ -262,7 +267,6 @@ def train_stage(
     trainer.add_callback(recorder)
     if points:
         trainer.add_callback(PointSaver(folder, points))
-    checkpoint = last_checkpoint(folder) if resume else None
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
@@ -292,18 +296,6 @@ def train_stage(
     facts = _facts(recipe, stage, trainer.model, record, contrast, protected=protected)
     _save(trainer.model, tokenizer, folder, record, facts)
     return Trained(trainer.model, tokenizer)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The Trainer's newest complete checkpoint in `folder`."""
-    found = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in folder.glob("checkpoint-*")
-        # Written last: a save that was cut off lacks it.
-        if path.name.removeprefix("checkpoint-").isdigit()
-        and (path / "trainer_state.json").is_file()
-    ]
-    return max(found)[1] if found else None
 
 
 def _trainer(

@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from lora_ogpsa.chat import encode
+from lora_ogpsa.checkpoints import last_checkpoint
 from lora_ogpsa.console import StopAtNonFinite, TrainingError
 from lora_ogpsa.errors import ConfigError, DataError, ExportError, ModelError, OGPSAError
 from lora_ogpsa.export import Tolerance, export_merged
@@ -26,7 +27,6 @@ from lora_ogpsa.run import RunInterrupted, run
 from lora_ogpsa.stage_data import checked_rows, training_rows
 from lora_ogpsa.stages import (
     _trainer,
-    last_checkpoint,
     load_base,
     lora_config,
     training_arguments,
