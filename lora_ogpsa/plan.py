@@ -36,11 +36,13 @@ class StagePlan:
     Args:
         stage: the stage.
         rows: training rows; ``None`` if the data are not on this machine.
-        tokens: of an average sequence, prompt and answer; the limit on length if that is unknown.
+        tokens: of an average sequence, prompt and answer, or what is packed into one; the limit on
+            length if that is unknown.
         steps: optimizer steps; ``None`` if that depends on unknown data.
-        batch: rows per step.
+        batch: rows per step, or packed sequences.
         overhead: tokens of the reference passes as a share of those of training; ``None`` without
             OGPSA.
+        packed: how many sequences the rows are packed into; ``None`` if they are not.
         notes: what could not be found out.
     """
 
@@ -50,6 +52,7 @@ class StagePlan:
     steps: int | None
     batch: int
     overhead: float | None
+    packed: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -127,24 +130,30 @@ def _stage_plan(stage: Stage, tokenizer: Any | None) -> StagePlan:
     batch = stage.argument("per_device_train_batch_size")
     batch *= stage.argument("gradient_accumulation_steps")
     longest = stage.argument("max_length") or 1024
-    rows, tokens = None, longest
+    packing = bool(stage.argument("packing"))
+    rows, packed, tokens = None, None, longest
     if _is_here(stage.dataset_name):
         found = checked_rows(stage, tokenizer)
-        rows, tokens = len(found), _training_tokens(stage, found, longest, tokenizer)
+        rows = len(found)
+        if packing:
+            lengths = _packed(stage, found, longest, tokenizer)
+            packed, tokens = len(lengths), max(1, round(sum(lengths) / len(lengths)))
+        else:
+            tokens = _training_tokens(stage, found, longest, tokenizer)
     else:
         notes.append(
-            f"{stage.dataset_name} is not on this machine; its rows are taken to have "
-            f"{longest} tokens"
+            f"{stage.dataset_name} is not on this machine; its "
+            f"{'packed sequences' if packing else 'rows'} are taken to have {longest} tokens"
         )
     steps = stage.argument("max_steps")
     if steps is None or steps <= 0:
-        known = stage.dataset_limit if rows is None else rows
+        known = packed if packing else stage.dataset_limit if rows is None else rows
         steps = None if known is None else _steps(stage, known)
     overhead = None
     if stage.ogpsa is not None:
         trained = batch * tokens * _sequences(stage)
         overhead = _overhead(stage.ogpsa, stage.references, trained, tokenizer, notes)
-    return StagePlan(stage, rows, tokens, steps, batch, overhead, notes)
+    return StagePlan(stage, rows, tokens, steps, batch, overhead, packed, notes)
 
 
 def _is_here(name: str) -> bool:
@@ -154,9 +163,9 @@ def _is_here(name: str) -> bool:
     return name.startswith("embedded:") or path.exists() or is_path
 
 
-def _steps(stage: Stage, rows: int) -> int:
+def _steps(stage: Stage, sequences: int) -> int:
     """Optimizer steps of all epochs, as the Trainer counts them."""
-    batches = rows / stage.argument("per_device_train_batch_size")
+    batches = sequences / stage.argument("per_device_train_batch_size")
     batches = int(batches) if stage.argument("dataloader_drop_last") else math.ceil(batches)
     steps = max(1, math.ceil(batches / stage.argument("gradient_accumulation_steps")))
     return math.ceil(steps * stage.argument("num_train_epochs"))
@@ -179,6 +188,29 @@ def _training_tokens(
         for side in sides
     ]
     return max(1, round(sum(counts) / len(counts)))
+
+
+def _packed(
+    stage: Stage, rows: list[dict[str, Any]], longest: int, tokenizer: Any | None
+) -> list[int]:
+    """Tokens of the sequences that TRL packs the rows into, which depend on every row."""
+    import datasets
+    from trl import pack_dataset
+
+    # As TRL encodes them: whole, with what a template has behind the end of the turn.
+    turns = [[*row["prompt"], *row["completion"]] for row in rows]
+    if tokenizer is None:
+        lengths = [_guessed(sum(len(turn["content"]) for turn in row)) for row in turns]
+    else:
+        settings = {"return_dict": True, **chat.TEMPLATE_SETTINGS}
+        encoded = [tokenizer.apply_chat_template(row, **settings)["input_ids"] for row in turns]
+        lengths = list(map(len, encoded))
+    table = datasets.Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+    if stage.argument("shuffle_dataset"):
+        table = table.shuffle(seed=stage.argument("seed"))
+    given = {"num_proc": stage.argument("dataset_num_proc")}
+    packed = pack_dataset(table, longest, stage.argument("packing_strategy"), given)
+    return [len(ids) for ids in packed["input_ids"]]
 
 
 def _overhead(
@@ -238,7 +270,11 @@ def _tokens(
             map(len, chat.encode(tokenizer, messages, answer, max_length=longest, name=place))
         )
     characters = sum(len(turn["content"]) for turn in messages) + len(answer or "")
-    return min(longest, max(1, round(characters / _CHARACTERS_PER_TOKEN)))
+    return min(longest, _guessed(characters))
+
+
+def _guessed(characters: int) -> int:
+    return max(1, round(characters / _CHARACTERS_PER_TOKEN))
 
 
 # ------------------------------------------------------------------------------------ rendering
@@ -296,13 +332,15 @@ def _stage_lines(plan: StagePlan) -> list[RenderableType]:
     unknown = f"up to {stage.dataset_limit}" if stage.dataset_limit else "an unknown number of"
     rows = unknown if plan.rows is None else str(plan.rows)
     steps = "an unknown number of" if plan.steps is None else str(plan.steps)
-    lines.append(
-        Text(f"data      {stage.dataset_name}: {rows} rows of about {plan.row_tokens} tokens")
-    )
+    units = f"rows of about {plan.row_tokens} tokens"
+    if plan.packed is not None:
+        units = f"rows, packed into {plan.packed} sequences of about {plan.tokens} tokens"
+    lines.append(Text(f"data      {stage.dataset_name}: {rows} {units}"))
+    batched = "packed sequences" if stage.argument("packing") else "rows"
     total = "" if plan.steps is None else f", {plan.steps * plan.batch * plan.row_tokens:,} tokens"
     lines.append(
         Text(
-            f"training  {stage.trainer.upper()}, {steps} steps of {plan.batch} rows{total}, "
+            f"training  {stage.trainer.upper()}, {steps} steps of {plan.batch} {batched}{total}, "
             f"learning rate {stage.argument('learning_rate'):g}"
         )
     )

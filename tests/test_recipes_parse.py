@@ -18,7 +18,8 @@ from lora_ogpsa.errors import DataError
 from lora_ogpsa.memory import ModelSize, estimate, model_size, ogpsa_bytes
 from lora_ogpsa.plan import make_plan, render, shown_settings
 from lora_ogpsa.recipe import Recipe, load_recipe, parse_recipe
-from lora_ogpsa.stages import load_base, lora_config, training_arguments
+from lora_ogpsa.stage_data import checked_rows
+from lora_ogpsa.stages import _trainer, load_base, lora_config, training_arguments
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -248,6 +249,47 @@ def test_a_plan_counts_the_steps_of_whole_batches(tmp_path: Path, tiny_folder: P
     raw = tiny_recipe(tmp_path, tiny_folder, max_steps=None, num_train_epochs=2)
     raw |= {"per_device_train_batch_size": 3, "dataloader_drop_last": True}
     assert make_plan(parse_recipe(raw)).stages[0].steps == 2  # of 4 rows one is left
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"packing_strategy": "bfd"},
+        {"packing_strategy": "bfd_split"},
+        {"packing_strategy": "wrapped"},
+        {"packing_strategy": "wrapped", "shuffle_dataset": True},
+        {"dataloader_drop_last": True, "gradient_accumulation_steps": 3},
+    ],
+)
+def test_a_plan_packs_rows_as_trl_does(
+    packing: dict[str, Any], tmp_path: Path, tiny_folder: Path
+) -> None:
+    """Answers of all lengths, some too long; more rows than TRL packs at a time."""
+    rows = [
+        {"prompt": f"Question {i}", "completion": "so and so " * (1 + i * 7 % 23)}
+        for i in range(1010)
+    ]
+    raw = tiny_recipe(tmp_path, tiny_folder, max_steps=None, num_train_epochs=1.5, ogpsa=False)
+    raw |= {"dataset_name": write_rows(tmp_path / "rows.jsonl", rows), "max_length": 160}
+    raw["per_device_train_batch_size"] = 4
+    recipe = parse_recipe({**raw, "packing": True, **packing})
+    stage, (model, tokenizer) = recipe.stages[0], load_base(recipe)
+    arguments = training_arguments(stage, tmp_path)
+    arguments.learning_rate = 0.0
+    found = checked_rows(stage, tokenizer)
+    trainer = _trainer(recipe, stage, arguments, model, tokenizer, found, fresh=True)
+    trainer.compute_loss = lambda model, *_, **__: (
+        0 * next(p for p in model.parameters() if p.requires_grad).sum()
+    )
+    trainer.train()
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    plan = make_plan(recipe).stages[0]
+    assert plan.rows == 1010 and plan.packed == len(lengths) < 1010
+    assert plan.tokens == round(sum(lengths) / len(lengths))
+    assert plan.steps == trainer.state.global_step
+    shown = _shown(recipe)
+    assert f"1010 rows, packed into {plan.packed} sequences of about {plan.tokens}" in shown
+    assert f"{plan.steps} steps of {plan.batch} packed sequences" in shown
 
 
 def test_a_plan_names_the_row_of_a_reference_that_is_none(
