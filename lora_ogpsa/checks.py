@@ -36,9 +36,16 @@ def check_adapters(recipe: Recipe, config: Any) -> None:
         ConfigError: PEFT refuses the settings, or an optimizer or a schedule cannot be made.
         AdapterError: a contrast adapter does not suit the model.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     contrasts = {recipe.contrast if arm == "ogpsa" else None for arm in recipe.arms}
     for contrast in contrasts:
         model = with_empty_adapter(empty_model(config), recipe, contrast=contrast)
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise ConfigError(
+                f"{recipe.source}: TRL does not train an adapter of `lm_head`, since it reads its "
+                "weights directly. Leave it out of `lora_target_modules`."
+            )
         for stage in recipe.stages:
             _check_optimizer(stage, training_arguments(stage, recipe.output_dir), model)
 

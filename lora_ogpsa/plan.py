@@ -19,7 +19,7 @@ from lora_ogpsa.config import OGPSAConfig
 from lora_ogpsa.memory import ModelSize, estimate, local_config, model_size
 from lora_ogpsa.recipe import Recipe, Stage
 from lora_ogpsa.reference import Reference
-from lora_ogpsa.stage_data import checked_rows
+from lora_ogpsa.stage_data import check_batches, checked_rows
 
 if TYPE_CHECKING:
     from lora_ogpsa.compare_cells import Cell
@@ -138,6 +138,7 @@ def _stage_plan(stage: Stage, tokenizer: Any | None) -> StagePlan:
         if packing:
             lengths = _packed(stage, found, longest, tokenizer)
             packed, tokens = len(lengths), max(1, round(sum(lengths) / len(lengths)))
+            check_batches(stage, packed)
         else:
             tokens = _training_tokens(stage, found, longest, tokenizer)
     else:

@@ -317,6 +317,11 @@ def _stage(given: dict[str, Any], kind: Trainer, place: str, *, from_base: bool)
     own = take(given, _StageKeys, place)
     training = _TRAINING_DEFAULTS | take(given, training_class(kind), place)
     _check_ranges(training, place)
+    if training["save_strategy"] == "best":
+        raise ConfigError(
+            f"{place}: `save_strategy: best` is not for recipes. Nothing is evaluated during "
+            "training that could choose a checkpoint; use `steps` or `epoch`."
+        )
     if "save_steps" in training and training["save_strategy"] == "no":
         training["save_strategy"] = "steps"
     if not own.get("dataset_name"):

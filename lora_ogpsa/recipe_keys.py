@@ -36,6 +36,7 @@ DECIDED_ELSEWHERE = {
     **dict.fromkeys(
         ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _NO_REFERENCE_MODEL
     ),
+    "save_only_model": "--resume goes on with the optimizer's state of the last checkpoint.",
     "disable_tqdm": "The command draws its own progress bar.",
     "logging_nan_inf_filter": "A loss that is not finite stops the run and must not be hidden.",
     "dataset_test_split": "The `evaluation:` section names the data that is measured on.",

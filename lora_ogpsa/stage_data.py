@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_ogpsa import chat, data
-from lora_ogpsa.errors import DataError
+from lora_ogpsa.errors import DataError, ModelError
 from lora_ogpsa.models import cache_dir
 from lora_ogpsa.recipe import Stage
 
@@ -26,7 +26,10 @@ def checked_rows(stage: Stage, tokenizer: Any | None) -> list[dict[str, Any]]:
     Raises:
         DataError: a row lacks fields, or its prompt leaves no room for an answer; or no batch would
             be whole where others are left out.
+        ModelError: the tokenizer has no chat template, or not the token to pad with.
     """
+    if tokenizer is not None:
+        _check_tokenizer(stage, tokenizer)
     rows = []
     pairs = stage.trainer == "dpo" and stage.rejected == "data"
     for number, row in enumerate(_loaded(stage), start=1):
@@ -35,13 +38,42 @@ def checked_rows(stage: Stage, tokenizer: Any | None) -> list[dict[str, Any]]:
         if tokenizer is not None:
             prompt_ids(stage, tokenizer, read["prompt"], place)
         rows.append(read)
+    if not stage.argument("packing"):
+        check_batches(stage, len(rows))
+    return rows
+
+
+def check_batches(stage: Stage, sequences: int) -> None:
+    """Refuse a training without a batch.
+
+    Args:
+        stage: the stage.
+        sequences: how many there are to train on: rows, or what they are packed into.
+
+    Raises:
+        DataError: no batch would be whole where others are left out.
+    """
     batch = stage.argument("per_device_train_batch_size")
-    if stage.argument("dataloader_drop_last") and len(rows) < batch:
+    if stage.argument("dataloader_drop_last") and sequences < batch:
+        units = "packed sequences" if stage.argument("packing") else "rows"
         raise DataError(
-            f"{stage.dataset_name}: {len(rows)} rows fill no batch of {batch}, and "
+            f"{stage.dataset_name}: {sequences} {units} fill no batch of {batch}, and "
             "`dataloader_drop_last` leaves incomplete ones out"
         )
-    return rows
+
+
+def _check_tokenizer(stage: Stage, tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template, by which rows become "
+            "text. Take the chat model, or put its chat_template.jinja into the model's folder."
+        )
+    padding = stage.argument("pad_token")
+    if padding is not None and padding not in tokenizer.get_vocab():
+        raise ModelError(
+            f"stage `{stage.name}`: `pad_token` {padding!r} is not in the vocabulary of the "
+            f"tokenizer {tokenizer.name_or_path}."
+        )
 
 
 def training_rows(

@@ -20,7 +20,7 @@ from lora_ogpsa.export.model_files import read_json
 from lora_ogpsa.export.quantisation import RUN_FILE, describe_quantisation
 from lora_ogpsa.models import cache_dir, load_model
 from lora_ogpsa.recipe import Recipe, Stage, training_class
-from lora_ogpsa.stage_data import training_rows
+from lora_ogpsa.stage_data import check_batches, training_rows
 from lora_ogpsa.training_record import PointSaver, StepRecorder, point_steps
 
 TRAINING_FILE = "training.json"
@@ -168,6 +168,7 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
         arguments = training_class(stage.trainer)(**given)
         reports = get_reporting_integration_callbacks(arguments.report_to)
         _check_listed(arguments)
+        _check_together(arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(
             f"stage `{stage.name}`: the training arguments are refused: {one_line(error)}"
@@ -183,17 +184,45 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
 
 
 def _check_listed(arguments: Any) -> None:
-    """Check the names of a loss by TRL's own list of them; it does so only while it trains.
+    """Check what has to be one of a few names by TRL's own lists; it does so only in its trainers.
 
     Raises:
         ValueError: one is not listed.
     """
-    listed = arguments.__dataclass_fields__["loss_type"].metadata.get("help", "")
-    known = re.findall(r"'(\w+)'", listed)
-    given = arguments.loss_type
-    for name in [given] if isinstance(given, str) else given or ():
-        if known and name not in known:
-            raise ValueError(f"there is no `loss_type` {name!r}, but {', '.join(known)}")
+    for name, field in arguments.__dataclass_fields__.items():
+        listed = field.metadata.get("choices")
+        if listed is None and name == "loss_type":
+            listed = re.findall(r"'(\w+)'", field.metadata.get("help", ""))
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if listed and value is not None and value not in listed:
+                raise ValueError(f"there is no `{name}` {value!r}, but {', '.join(listed)}")
+
+
+def _check_together(arguments: Any) -> None:
+    """Check what needs something else, which shows only when a trainer is made or trains.
+
+    Raises:
+        ValueError: it is not so.
+        ImportError: a library is not installed.
+    """
+    import torch
+    from transformers.utils import is_liger_kernel_available
+
+    packing = getattr(arguments, "packing", None)  # DPO cannot
+    longest, losses = arguments.max_length, arguments.loss_type
+    if packing and longest is None:
+        raise ValueError("`packing` fills sequences of `max_length` tokens, and that is null")
+    if packing is False and arguments.padding_free and longest is not None:
+        raise ValueError(
+            "`padding_free` cuts nothing to `max_length`; set it to null, or `packing`"
+        )
+    if "exo_pair" in losses and not arguments.label_smoothing:
+        raise ValueError("the loss `exo_pair` needs a `label_smoothing` above 0, such as 1e-3")
+    if arguments.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError("`activation_offloading` is off the memory of a GPU, and there is none")
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("`use_liger_kernel` needs the package liger-kernel, not installed here")
 
 
 def cpu_computes_bfloat16() -> bool:
@@ -313,6 +342,10 @@ def _trainer(
     TRL turns adapters on 4-bit models into bfloat16, whose steps are too coarse for a projected
     update to stay projected. In float32 they cost four bytes a parameter, and the parameters are
     few.
+
+    Raises:
+        ConfigError: TRL refuses the settings.
+        DataError: nothing is left to train on.
     """
     import datasets
     from transformers import PrinterCallback
@@ -339,6 +372,7 @@ def _trainer(
         raise ConfigError(
             f"stage `{stage.name}`: TRL refuses the settings: {one_line(error)}"
         ) from error
+    check_batches(stage, len(trainer.train_dataset))
     trainer.remove_callback(PrinterCallback)
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:

@@ -133,6 +133,8 @@ def test_unknown_keys_name_the_place_and_the_nearest(
         ({"eval_steps": 5}, "`eval_steps` is not for recipes. The `evaluation:` section"),
         ({"eval_on_start": True}, "`eval_on_start` is not for recipes. The `evaluation:` section"),
         ({"trainer": "dpo", "sync_ref_model": True}, "no model is kept that could follow"),
+        ({"save_strategy": "best"}, "`save_strategy: best` is not for recipes. Nothing is eval"),
+        ({"save_only_model": True}, "`save_only_model` is not for recipes. --resume goes on with"),
         ({"deepspeed": "ds.json"}, "`deepspeed` is not for recipes"),
         # Training would set it on the tokenizer that the base model was measured with before.
         ({"chat_template_path": "x.jinja"}, "`chat_template_path` is not for recipes. The base"),

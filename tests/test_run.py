@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lora_ogpsa.console import StopAtNonFinite, TrainingError
 from lora_ogpsa.errors import ConfigError, DataError, ExportError, ModelError, OGPSAError
 from lora_ogpsa.export import Tolerance, export_merged
 from lora_ogpsa.measure import recipe_suite
+from lora_ogpsa.plan import make_plan
 from lora_ogpsa.recipe import parse_recipe
 from lora_ogpsa.run import RunInterrupted, run
 from lora_ogpsa.stage_data import checked_rows, training_rows
@@ -495,12 +497,12 @@ def test_a_run_that_failed_before_its_first_result_leaves_its_folder_free(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
     raw = tiny_recipe(tmp_path, tiny_folder, evaluation=False, max_steps=1)
-    wrong = {**raw, "padding_free": True}
+    wrong = {**raw, "assistant_only_loss": True}
     with pytest.raises(ConfigError, match="TRL refuses the settings"):
         _run(wrong)
     assert (tmp_path / "out/recipe.yaml").is_file()
     assert _run(raw)["finished"] is True
-    assert "padding_free" not in (tmp_path / "out/recipe.yaml").read_text()
+    assert "assistant_only" not in (tmp_path / "out/recipe.yaml").read_text()
 
 
 def test_a_recipe_written_by_hand_is_not_overwritten(tmp_path: Path, tiny_folder: Path) -> None:
@@ -566,6 +568,16 @@ _GONE = {"name": "mine", "data": "gone.jsonl"}
             {},
             "stage `2-dpo`.*no `loss_type` 'stf', but sigmoid",
         ),
+        ({"packing_strategy": "bdf"}, {}, "stage `2-sft`.*no `packing_strategy` 'bdf', but bfd"),
+        ({"packing": True, "max_length": None}, {}, "stage `2-sft`.*`packing` fills sequences of"),
+        ({"padding_free": True}, {}, "stage `2-sft`.*`padding_free` cuts nothing to `max_length`"),
+        (
+            {"trainer": "dpo", "rejected": "base", "loss_type": "exo_pair"},
+            {},
+            "stage `2-dpo`.*`exo_pair` needs a `label_smoothing`",
+        ),
+        ({"use_liger_kernel": True}, {}, "stage `2-sft`.*needs the package liger-kernel"),
+        ({"pad_token": "<none>"}, {}, "stage `2-sft`: `pad_token` '<none>' is not in the voc"),
         ({"logging_steps": 0}, {}, "stage `2-sft`.*non-zero --logging_steps"),
         ({"report_to": "foo"}, {}, "stage `2-sft`.*foo is not supported"),
         (
@@ -579,6 +591,11 @@ _GONE = {"name": "mine", "data": "gone.jsonl"}
         ({}, {"lora_dropout": 5}, "adapter's settings are refused: dropout probability"),
         ({}, {"lora_target_modules": "gone"}, "settings are refused: Target modules {'gone'}"),
         ({}, {"lora_target_modules": "*gone"}, "adapter's settings are refused: "),
+        (
+            {},
+            {"lora_target_modules": ["q_proj", "lm_head"]},
+            "does not train an adapter of `lm_head",
+        ),
         ({}, {"lora_modules_to_save": ["gone"]}, "`lora_modules_to_save` names `gone`"),
         (
             {},
@@ -598,6 +615,33 @@ def test_what_is_wrong_further_on_shows_before_anything_is_done(
         _run({**raw, **whole})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_before_anything_is_done(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    raw = tiny_recipe(tmp_path, tmp_path / "model")
+    with pytest.raises(ModelError, match="has no chat template, by which rows become text"):
+        _run(raw)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_packed_into_no_whole_batch_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    """The Trainer would end without a step, and an untrained adapter be evaluated and merged."""
+    raw = tiny_recipe(tmp_path, tiny_folder, packing=True, dataloader_drop_last=True)
+    raw["per_device_train_batch_size"] = 3
+    with pytest.raises(DataError, match="2 packed sequences fill no batch of 3"):
+        make_plan(parse_recipe(raw))
+    with pytest.raises(DataError, match="2 packed sequences fill no batch of 3"):
+        _run(raw)
+    assert not list((tmp_path / "out").glob("runs/*/*/adapter"))
+    split = {**raw, "packing_strategy": "bfd_split", "max_length": 96, "max_steps": 1}
+    split["per_device_train_batch_size"] = 4
+    content = "no " * 80
+    write_rows(tmp_path / "training.jsonl", [{"prompt": "a", "completion": content}] * 3)
+    assert _run(split, overwrite=True)["training"]["ogpsa/sft"]["steps"] == 1
 
 
 def test_what_is_reported_to_has_to_be_installed(
