@@ -32,13 +32,14 @@ class FirstTokenEmphasis:
 
     The loss of a token depends on the decoder's output at one position, so the gradient there is
     scaled, which is the same as weighing the loss, in any trainer; the reported loss stays what it
-    is. Which tokens come first is read off the ``labels`` that the model is called with: a label
-    that is learned after one that is not, unless that is padding or begins a sequence. Forward
-    passes without labels, without gradients, or in evaluation mode are left alone; so are labels
-    that cover the prompts as well. Labels do not say what becomes of the log-probabilities: of
-    preference losses that call the model with labels, as TRL's do, `OGPSACallback` keeps the
-    emphasis away, unless likelihood is a part of them. There it acts on both answers of a pair and
-    on every part of the loss.
+    is. The means are those of one forward pass; of passes that are accumulated, or of several
+    processes, each counts by its answer tokens. Which tokens come first is read off the ``labels``
+    that the model is called with: a label that is learned after one that is not, unless that is
+    padding or begins a sequence. Forward passes without labels, without gradients, or in evaluation
+    mode are left alone; so are labels that cover the prompts as well. Labels do not say what
+    becomes of the log-probabilities: of preference losses that call the model with labels, as TRL's
+    do, `OGPSACallback` keeps the emphasis away, unless likelihood is a part of them. There it acts
+    on both answers of a pair and on every part of the loss.
 
     Args:
         model: the model as it is called in training, a PEFT model as a rule.

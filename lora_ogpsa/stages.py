@@ -217,6 +217,10 @@ def _check_together(arguments: Any) -> None:
         raise ValueError(
             "`padding_free` cuts nothing to `max_length`; set it to null, or `packing`"
         )
+    if packing is None and arguments.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError("`train_sampling_strategy` goes by one length, and a pair has two answers")
+    if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
+        raise ValueError("`dataloader_persistent_workers` needs a `dataloader_num_workers` above 0")
     if "exo_pair" in losses and not arguments.label_smoothing:
         raise ValueError("the loss `exo_pair` needs a `label_smoothing` above 0, such as 1e-3")
     if arguments.activation_offloading and not torch.accelerator.is_available():
@@ -365,7 +369,7 @@ def _trainer(
             processing_class=tokenizer,
             peft_config=lora_config(recipe) if fresh else None,
         )
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, NotImplementedError, OSError) as error:
         # What fails on the machine has a number, and no setting is to blame; the hub's have none.
         if getattr(error, "errno", None) is not None:
             raise

@@ -576,6 +576,12 @@ _GONE = {"name": "mine", "data": "gone.jsonl"}
             {},
             "stage `2-dpo`.*`exo_pair` needs a `label_smoothing`",
         ),
+        (
+            {"trainer": "dpo", "rejected": "base", "train_sampling_strategy": "group_by_length"},
+            {},
+            "stage `2-dpo`.*`train_sampling_strategy` goes by one length",
+        ),
+        ({"dataloader_persistent_workers": True}, {}, "stage `2-sft`.*`dataloader_num_workers` ab"),
         ({"use_liger_kernel": True}, {}, "stage `2-sft`.*needs the package liger-kernel"),
         ({"pad_token": "<none>"}, {}, "stage `2-sft`: `pad_token` '<none>' is not in the voc"),
         ({"logging_steps": 0}, {}, "stage `2-sft`.*non-zero --logging_steps"),
