@@ -5,6 +5,7 @@ The walk of a row: `data.load_rows` -> `as_messages` or `as_preference` -> `enco
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,9 @@ IGNORE_INDEX = -100
 # Of every rendering. A template that thinks by default would leave no room for the answer, and end
 # prompts elsewhere than before the answers of rows, which hold no thoughts.
 TEMPLATE_SETTINGS = {"enable_thinking": False}
+
+# Key of a conversation's first turn under which the row's `tools` go along, for the template.
+TOOLS = "tools of the row"
 
 _PROMPT_FIELDS = ("prompt", "question", "instruction")
 _ANSWER_FIELDS = ("completion", "response", "answer", "output")
@@ -41,7 +45,8 @@ def as_messages(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[dict
     Args:
         row: `messages`; or `prompt` (text or messages), `question` or `instruction` (+ `input`),
             with an optional `completion`, `response`, `answer` or `output` (text or messages).
-            A text in `system` is the first turn of a conversation that has no other for it.
+            A text in `system` is the first turn of a conversation that has no other for it, and
+            `tools` (a list, or JSON) is what the template says may be called.
         name: how error messages call the row.
 
     Returns:
@@ -52,7 +57,7 @@ def as_messages(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[dict
     """
     if row.get("messages") is not None:
         turns = _turns(row["messages"], "messages", name)
-        return _split_answer(_with_system(row, turns, name), name)
+        return _split_answer(_with_rest(row, turns, name), name)
     field = next((f for f in _PROMPT_FIELDS if row.get(f) is not None), None)
     if field is None:
         raise DataError(
@@ -65,7 +70,23 @@ def as_messages(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[dict
     answer_field = next((f for f in _ANSWER_FIELDS if row.get(f) is not None), None)
     if answer_field is not None:
         turns += _turns(row[answer_field], answer_field, name, role="assistant")
-    return _split_answer(_with_system(row, turns, name), name)
+    return _split_answer(_with_rest(row, turns, name), name)
+
+
+def _with_rest(row: Mapping[str, Any], turns: list[dict], name: str) -> list[dict]:
+    """`turns` with what the row says of them elsewhere."""
+    turns = _with_system(row, turns, name)
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(f"{name}: `tools` is a text but no JSON: {one_line(error)}") from error
+    if not tools:
+        return turns
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"{name}: `tools` must be a list of objects, found {tools!r:.60}")
+    return [{**turns[0], TOOLS: tools}, *turns[1:]]
 
 
 def _with_system(row: Mapping[str, Any], turns: list[dict], name: str) -> list[dict]:
@@ -84,8 +105,8 @@ def as_preference(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[di
     Args:
         row: `chosen` and `rejected`, each an answer (text or messages) to `prompt` (text or
             messages), or each a whole conversation: messages, a "\n\nHuman: ...
-            \n\nAssistant: ..." transcript, or texts with a common beginning. A text in `system`
-            is as in `as_messages`.
+            \n\nAssistant: ..." transcript, or texts with a common beginning. `system` and
+            `tools` are as in `as_messages`.
         name: how error messages call the row.
 
     Raises:
@@ -102,7 +123,7 @@ def as_preference(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[di
             chosen_text = _text(sides[0], "chosen", name)
             rejected_text = _text(sides[1], "rejected", name)
             prompt, *texts = _split_common_text(chosen_text, rejected_text, name)
-            return _with_system(row, prompt, name), texts[0], texts[1]
+            return _with_rest(row, prompt, name), texts[0], texts[1]
         sides = (_transcript(sides[0]), _transcript(sides[1]))
     chosen = _turns(sides[0], "chosen", name, role="assistant")
     rejected = _turns(sides[1], "rejected", name, role="assistant")
@@ -124,7 +145,7 @@ def as_preference(row: Mapping[str, Any], *, name: str = "row") -> tuple[list[di
     answers = [_split_answer([*prompt, side[-1]], name)[1] for side in (chosen, rejected)]
     if answers[0] is None or answers[1] is None:
         raise DataError(f"{name}: `chosen` and `rejected` must end with an assistant's answer")
-    return _with_system(row, prompt, name), answers[0], answers[1]
+    return _with_rest(row, prompt, name), answers[0], answers[1]
 
 
 def _split_common_text(chosen: str, rejected: str, name: str) -> tuple[list[dict], str, str]:
@@ -259,7 +280,7 @@ def encode(
         DataError: the prompt leaves no room for an answer, or the template refuses the messages.
     """
     if tokenizer.chat_template:
-        prompt_text = _render(tokenizer, messages, name, add_generation_prompt=True)
+        prompt_text = render(tokenizer, messages, name, add_generation_prompt=True)
         prompt = tokenizer(prompt_text, add_special_tokens=False).input_ids
     else:
         prompt_text = "".join(turn["content"] + "\n\n" for turn in messages)
@@ -272,7 +293,7 @@ def encode(
     tail = answer + (tokenizer.eos_token or "")
     if tokenizer.chat_template:
         whole = [*messages, {"role": "assistant", "content": answer}]
-        text = _render(tokenizer, whole, name, add_generation_prompt=False)
+        text = render(tokenizer, whole, name)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if ids[: len(prompt)] == prompt and len(ids) > len(prompt):
             return prompt, _end_at_eos(tokenizer, ids[len(prompt) :])[:room]
@@ -302,18 +323,43 @@ def room_for_answer(prompt: Sequence[int], max_length: int, name: str) -> int:
     return room
 
 
-def _render(tokenizer: Any, messages: list[dict], name: str, **options: bool) -> str:
+def render(
+    tokenizer: Any, messages: list[dict], name: str = "row", *, add_generation_prompt: bool = False
+) -> str:
+    """A conversation as a text, by the tokenizer's chat template.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        messages: the conversation; its first turn may carry the tools that may be called.
+        name: how error messages call the row.
+        add_generation_prompt: whether the text ends where the model is to answer.
+
+    Raises:
+        DataError: the template refuses the messages.
+    """
     from jinja2 import TemplateError
 
+    messages, tools = without_tools(messages)
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, **TEMPLATE_SETTINGS, **options
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **TEMPLATE_SETTINGS,
         )
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in messages)
         raise DataError(
             f"{name}: the model's chat template refuses the turns ({roles}): {one_line(error)}"
         ) from error
+
+
+def without_tools(messages: list[dict]) -> tuple[list[dict], list[Any] | None]:
+    """A conversation as datasets have it, and the tools that it carried, if any."""
+    first = dict(messages[0])
+    tools = first.pop(TOOLS, None)
+    return [first, *messages[1:]], tools
 
 
 def _end_at_eos(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -203,9 +203,8 @@ def _packed(
     if tokenizer is None:
         lengths = [_guessed(sum(len(turn["content"]) for turn in row)) for row in turns]
     else:
-        settings = {"return_dict": True, **chat.TEMPLATE_SETTINGS}
-        encoded = [tokenizer.apply_chat_template(row, **settings)["input_ids"] for row in turns]
-        lengths = list(map(len, encoded))
+        texts = [chat.render(tokenizer, row, stage.dataset_name) for row in turns]
+        lengths = list(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
     table = datasets.Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
     if stage.argument("shuffle_dataset"):
         table = table.shuffle(seed=stage.argument("seed"))

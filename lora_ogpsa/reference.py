@@ -40,7 +40,8 @@ class Reference:
         data: a JSON Lines/CSV/Parquet file, a hub id, ``"embedded:harmless"`` (ours), a
             ``datasets.Dataset`` or any sequence of rows. Rows hold ``messages``, or ``prompt``
             with an optional answer, or token ids (``input_ids`` and, -100 on what is no answer,
-            ``labels``; padding is told by ``attention_mask``).
+            ``labels``; padding is told by ``attention_mask``). ``tools`` of a row go to the chat
+            template, as in TRL.
         loss: ``"kl"``, divergence from the base model in nats per token on its own answers
             (prompts suffice); ``"distill"``, NLL of those answers; ``"sft"``, NLL of the answers
             in the data; ``"dpo"``, the sigmoid preference loss on ``prompt``/``chosen``/

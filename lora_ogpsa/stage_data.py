@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from lora_ogpsa import chat, data
@@ -90,6 +91,7 @@ def training_rows(
     """
     if stage.rejected == "base":
         rows = _against_base(stage, rows, model, tokenizer)
+    rows = [_with_tools(row) for row in rows]
     # Most templates do not have it, and their rows go without the column.
     if not any(name in str(tokenizer.chat_template) for name in chat.TEMPLATE_SETTINGS):
         return rows
@@ -129,6 +131,13 @@ def _against_base(
             "prompts that it answers."
         )
     return pairs
+
+
+def _with_tools(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its tools where TRL looks for them."""
+    prompt, tools = chat.without_tools(row["prompt"])
+    # As a text: in a table of fixed columns each tool would get the arguments of all.
+    return row if tools is None else {**row, "prompt": prompt, "tools": json.dumps(tools)}
 
 
 def _answered(row: dict[str, Any], place: str) -> dict[str, Any]:

@@ -236,6 +236,8 @@ def test_as_messages(row, expected):
         ({"messages": [{"role": "user", "content": None}]}, "turn 1` must be text, found NoneType"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must be text"),
         ({"system": 3, "prompt": "Hi"}, "`system` must be text, found int"),
+        ({"tools": "[add", "prompt": "Hi"}, "`tools` is a text but no JSON: Expecting value"),
+        ({"tools": ["add"], "prompt": "Hi"}, "`tools` must be a list of objects, found ..add"),
         (
             {"messages": json.dumps([USER])},
             "row 7: `messages` holds messages written out as a text",

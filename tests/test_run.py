@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CHATML
 from datasets import Dataset
 from peft import get_peft_model
 from recipes_for_tests import HARMFUL, tiny_recipe, write_rows
@@ -25,6 +26,7 @@ from lora_ogpsa.export import Tolerance, export_merged
 from lora_ogpsa.measure import recipe_suite
 from lora_ogpsa.plan import make_plan
 from lora_ogpsa.recipe import parse_recipe
+from lora_ogpsa.reference import Reference
 from lora_ogpsa.run import RunInterrupted, run
 from lora_ogpsa.stage_data import checked_rows, training_rows
 from lora_ogpsa.stages import (
@@ -803,6 +805,49 @@ def test_training_renders_as_references_and_evaluations_do(
         assert learned.index(True) == len(prompt)
         assert batch["input_ids"][0].tolist()[: len(prompt + ids)] == prompt + ids
     assert "<think></think>" in tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_tools_are_rendered_as_trl_does(
+    kind: str, tmp_path: Path, tiny_folder: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    """In training rows, as a list or as a text, and in references of the same rows."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {"properties": {name: {}}}}}
+        for name in ("add", "say")
+    ]
+    rows = [
+        {"prompt": "Hi", "completion": "No.", "chosen": "No.", "rejected": "Yes.", "tools": given}
+        for given in (tools, json.dumps(tools), [], None)
+    ]
+    data = write_rows(tmp_path / "tools.jsonl", rows)
+    raw = tiny_recipe(tmp_path, tiny_folder, dataset_name=data, trainer=kind, max_length=512)
+    recipe = parse_recipe(raw)
+    stage = recipe.stages[0]
+    found = training_rows(stage, checked_rows(stage, tokenizer), None, tokenizer)
+    trainer = _trainer(
+        recipe,
+        stage,
+        training_arguments(stage, tmp_path),
+        tiny_model(),
+        tokenizer,
+        found,
+        fresh=True,
+    )
+    names = ["input_ids"] if kind == "sft" else ["chosen_ids", "rejected_ids"]
+    reference = Reference("own", data, loss=kind, max_length=512).prepare(tiny_model(), tokenizer)
+    mine = iter(reference.sequences)
+    for row, given in zip(trainer.train_dataset, (tools, tools, None, None), strict=True):
+        for name in names:
+            turns = [{"role": "user", "content": "Hi"}]
+            settings = {"tools": given, "add_generation_prompt": True, "return_dict": True}
+            prompt = tokenizer.apply_chat_template(turns, **settings)["input_ids"]
+            trained = row[name] if kind == "sft" else row["prompt_ids"] + row[name]
+            assert trained[: len(prompt)] == prompt
+            own, answer = next(mine)
+            assert own == prompt and trained[len(prompt) :][: len(answer)] == answer
 
 
 def test_tool_calls_are_trained_after_as_they_stand(
