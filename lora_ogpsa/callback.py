@@ -107,7 +107,9 @@ class OGPSACallback(TrainerCallback):
             from_base = bool(load_state(folder)[1].get("from_base"))
         else:
             from_base = starts_at_base(model)
-        likelihood = has_likelihood(getattr(args, "loss_type", None))
+        likelihood = has_likelihood(
+            getattr(args, "loss_type", None), getattr(args, "loss_weights", None)
+        )
         return self.config.acting(preferences=True, likelihood=likelihood, from_base=from_base)
 
     def _checkpoint(self, args: TrainingArguments, step: int) -> Path:

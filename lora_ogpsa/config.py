@@ -64,14 +64,19 @@ LIKELIHOOD_PENALTY = 0.5
 MOST = 1e30
 
 
-def has_likelihood(loss_type: str | Sequence[str] | None) -> bool:
+def has_likelihood(
+    loss_type: str | Sequence[str] | None, loss_weights: Sequence[float] | None
+) -> bool:
     """Whether answers' likelihood is a part of a preference loss.
 
     Args:
         loss_type: of the trainer's arguments. TRL's DPO can have several and calls that one
             ``"sft"``; other preference trainers have none of the name.
+        loss_weights: of these; ``None`` weighs all alike.
     """
-    return "sft" in (loss_type or ())
+    kinds = [loss_type] if isinstance(loss_type, str) else list(loss_type or ())
+    weights = loss_weights or [1.0] * len(kinds)
+    return any(k == "sft" and w != 0 for k, w in zip(kinds, weights, strict=False))
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ class Stage:
         if self.ogpsa is None:
             return None
         supervised = self.trainer == "sft"
-        likelihood = supervised or has_likelihood(self.argument("loss_type"))
+        likelihood = supervised or has_likelihood(
+            self.argument("loss_type"), self.argument("loss_weights")
+        )
         return self.ogpsa.acting(
             preferences=not supervised, likelihood=likelihood, from_base=self.from_base
         )

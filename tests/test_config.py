@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from lora_ogpsa import OGPSAConfig
+from lora_ogpsa.config import has_likelihood
 from lora_ogpsa.errors import ConfigError
 
 
@@ -56,6 +57,21 @@ def test_what_is_not_given_goes_by_the_training(
     # Only the budget has a penalty that nobody asked for.
     for other in ({"constraint": "halfspace"}, {"constraint": "orthogonal"}, {"preset": "paper"}):
         assert acting(**other).penalty == 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "loss_weights", "found"),
+    [
+        (["sigmoid", "sft"], None, True),
+        (["sigmoid", "sft"], [1.0, 0.2], True),
+        (["sigmoid", "sft"], [1.0, 0.0], False),
+        ("sft", None, True),
+        ("sigmoid", None, False),
+        (None, None, False),
+    ],
+)
+def test_likelihood_is_a_part_of_a_loss_by_its_name_and_weight(loss_type, loss_weights, found):
+    assert has_likelihood(loss_type, loss_weights) is found
 
 
 def test_orthogonal_resolves_to_intervals_per_adapter():
