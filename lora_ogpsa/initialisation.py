@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_ogpsa.sharding import whole
-
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ...)
 # subtract something from the base, and with the adapter off that something is missing.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -25,6 +23,11 @@ def starts_at_base(model: Any) -> bool:
     """Whether `model` with its adapters on is the base model still, since a factor of each is 0."""
     from peft.tuners.lora import LoraLayer
 
+    from lora_ogpsa.sharding import whole
+
+    def any_of(factor: Any) -> bool:
+        return bool(whole(getattr(factor, "weight", factor).detach()).any())
+
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -33,14 +36,9 @@ def starts_at_base(model: Any) -> bool:
             (layer.lora_embedding_A, layer.lora_embedding_B),
         ):
             for name in layer.active_adapters:
-                if name in down and _any(down[name]) and _any(up[name]):
+                if name in down and any_of(down[name]) and any_of(up[name]):
                     return False
     return base_is_kept(model)
-
-
-def _any(factor: Any) -> bool:
-    """Whether a LoRA factor, a parameter or a module with a weight, has an entry that is not 0."""
-    return bool(whole(getattr(factor, "weight", factor).detach()).any())
 
 
 def _keeps_base(config: Any) -> bool:
