@@ -198,11 +198,27 @@ def contrast_adapter(
     return wrapped
 
 
+class _KeptFrozen(nn.Parameter):
+    """A parameter that PEFT cannot make trainable; setting `requires_grad` itself can.
+
+    PEFT does so whenever an adapter is switched on again, as TRL's DPO does in every step for the
+    pass of its reference policy. Its gradients would count in the norm that is clipped, and a
+    checkpoint be computed again otherwise than it was.
+    """
+
+    def requires_grad_(self, requires_grad: bool = True) -> _KeptFrozen:
+        return self
+
+
 def freeze_contrast(model: nn.Module) -> None:
-    """Freeze the A's of a contrast adapter that was loaded to be trained further."""
+    """Freeze the A's of a contrast adapter that was loaded to be trained further.
+
+    They stay so when adapters are switched on and off.
+    """
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
+            parameter.__class__ = _KeptFrozen
 
 
 def examples_by_kind(objectives: Sequence[Objective], most: int) -> dict[str, list[Tokens]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lora_ogpsa import (
     OGPSA,
     ContrastConfig,
+    OGPSACallback,
     OGPSAConfig,
     Reference,
     chat,
@@ -477,6 +478,57 @@ def test_training_moves_b_alone_and_can_be_taken_up_again(
         assert parameter.requires_grad == (".lora_B." in name)
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_stays_frozen_where_adapters_are_switched(made: Any, tmp_path: Path) -> None:
+    model, _, _ = made
+    a = [p for n, p in model.named_parameters() if ".lora_A." in n]
+    for each in (model, copy.deepcopy(model)):
+        with each.disable_adapter():
+            pass
+        each.add_adapter("ref", each.peft_config["default"])
+        each.set_adapter("ref")
+        each.set_adapter("default")
+        trainable = [n for n, p in each.named_parameters() if p.requires_grad]
+        assert trainable and all(".lora_B.default" in n for n in trainable)
+        each.to(torch.float64)
+        each.set_adapter("default")
+        assert [n for n, p in each.named_parameters() if p.requires_grad] == trainable
+    a[0].requires_grad = True
+    assert a[0].requires_grad
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dpo_leaves_a_out(
+    made: Any, tiny_tokenizer: Any, tmp_path: Path, checkpointing: bool
+) -> None:
+    """TRL's DPO switches adapters in every step, between a forward pass and its backward."""
+    from datasets import Dataset
+    from test_callback import arguments
+    from test_trainers import PREFERENCES
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    model, _, objectives = made
+    a = {n: p for n, p in model.named_parameters() if ".lora_A.default." in n}
+    before = {n: p.clone() for n, p in a.items()}
+    gradients = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            gradients.extend(p.grad for p in a.values())
+
+    trainer = DPOTrainer(
+        model,
+        args=arguments(tmp_path, DPOConfig, bf16=False, gradient_checkpointing=checkpointing),
+        train_dataset=Dataset.from_list(PREFERENCES),
+        processing_class=tiny_tokenizer,
+    )
+    trainer.add_callback(Look())
+    OGPSACallback(references=objectives).attach(trainer)
+    trainer.train()
+    assert len(gradients) == 3 * len(a) and all(g is None for g in gradients)
+    assert all(torch.equal(p, before[n]) for n, p in a.items())
 
 
 def test_a_4_bit_base_will_do(tiny_4bit: Any, tiny_tokenizer: Any) -> None:
