@@ -18,7 +18,7 @@ from lora_ogpsa.models import cache_dir
 from lora_ogpsa.processes import alike
 from lora_ogpsa.projector import OGPSA
 from lora_ogpsa.reference import Objective, Reference
-from lora_ogpsa.state import has_state, load_state
+from lora_ogpsa.state import has_state, load_facts
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class OGPSACallback(TrainerCallback):
             return self.config
         folder = self._checkpoint(args, step)
         if step > 0 and has_state(folder):
-            from_base = bool(load_state(folder)[1].get("from_base"))
+            from_base = bool(load_facts(folder).get("from_base"))
         else:
             from_base = starts_at_base(model)
         likelihood = has_likelihood(

@@ -47,6 +47,19 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         StateError: there is none, it cannot be read, or it has a newer format.
     """
+    return _read(folder, tensors=True)
+
+
+def load_facts(folder: Path) -> dict[str, Any]:
+    """Read the JSON values alone; the tensors may be large.
+
+    Raises:
+        StateError: as in :func:`load_state`.
+    """
+    return _read(folder, tensors=False)[1]
+
+
+def _read(folder: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not has_state(folder):
@@ -54,7 +67,8 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(folder / STATE_FILE, "pt") as file:
             facts = json.loads(file.metadata()[_FACTS])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys()) if tensors else []
+            found = {name: file.get_tensor(name) for name in names}
     except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
         raise StateError(
             f"The OGPSA state in {folder} cannot be read ({error}). Resume from an earlier "
@@ -65,7 +79,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"The OGPSA state in {folder} has format {facts['format']}; this version reads up to "
             f"{FORMAT}. Update lora_ogpsa."
         )
-    return tensors, facts
+    return found, facts
 
 
 def require_near(found: dict[str, float], expected: dict[str, float]) -> None:
